@@ -1,0 +1,107 @@
+"""The fixture `slurm_cluster`: a real SLURM of two nodes for the tests of one pytest run.
+
+Use it from tests/conftest.py with `from slurm_cluster import slurm_cluster`. Where SLURM is not installed, tests
+that ask for it are skipped, or fail if CHAINRUN_REQUIRE_SLURM=1 (as in CI, where a skip would hide a mistake).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "cluster"
+PROGRAMS = ("slurmctld", "slurmd", "munged", "gcc")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+
+
+def script(
+    *argv: str, env: dict[str, str] | None = None, timeout: float = 90
+) -> subprocess.CompletedProcess[str]:
+    """Run slurm/cluster and return what it said and how it ended."""
+    command = [sys.executable, str(SCRIPT), *argv]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+class Cluster:
+    """A running cluster, and the few things that tests do with one."""
+
+    def __init__(self, folder: str, conf: str) -> None:
+        self.dir = Path(folder)
+        self.conf = Path(conf)
+        outer = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_")
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+        self.env = {**inherited, "SLURM_CONF": conf}
+
+    @classmethod
+    def up(cls, *options: str) -> Cluster:
+        """Start a cluster that goes down by itself if this process is killed."""
+        done = script("up", "--json", "--owner-pid", str(os.getpid()), *options)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        return cls(answer["dir"], answer["conf"])
+
+    def down(self) -> None:
+        """Stop it and check that this went well."""
+        done = script("down", str(self.dir))
+        assert done.returncode == 0, done.stderr
+
+    def run(
+        self, *argv: str, check: bool = True, cwd: Path | None = None, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command that uses this cluster; with check, an exit code other than 0 fails the test."""
+        done = subprocess.run(
+            argv, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert done.returncode == 0 or not check, f"{argv} -> {done.returncode}\n{done.stdout}{done.stderr}"
+        return done
+
+    def sbatch(self, script_text: str, *options: str, cwd: Path) -> str:
+        """Submit a batch script (its `#!` line is added) and return the job's id."""
+        path = cwd / "job.sh"
+        path.write_text("#!/bin/bash\n" + script_text)
+        return self.run("sbatch", "--parsable", *options, str(path), cwd=cwd).stdout.strip()
+
+    def job(self, jobid: str | int) -> dict[str, str]:
+        """Return the fields of `scontrol show job` (of an array's first record)."""
+        record = self.run("scontrol", "show", "job", "-o", str(jobid)).stdout.partition("\n")[0]
+        return dict(re.findall(r"([A-Z][\w:/]*)=(.*?)(?= [A-Z][\w:/]*=|\s*$)", record))
+
+    def wait_job(
+        self, jobid: str | int, states: str | Collection[str] = ENDED, timeout: float = 60
+    ) -> dict[str, str]:
+        """Wait until the job is in one of the states, by default any final one; return its fields."""
+        wanted = {states} if isinstance(states, str) else set(states)
+        deadline = time.monotonic() + timeout
+        while (fields := self.job(jobid))["JobState"] not in wanted:
+            assert time.monotonic() < deadline, f"job {jobid} is not {wanted} after {timeout} s: {fields}"
+            time.sleep(0.1)
+        return fields
+
+
+def require_slurm() -> None:
+    """Skip the test, or fail it if CHAINRUN_REQUIRE_SLURM=1, where SLURM is not installed."""
+    path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+    if missing:
+        reason = f"not installed: {', '.join(missing)} (see slurm/README.md)"
+        if os.environ.get("CHAINRUN_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Cluster]:
+    """A cluster of two nodes that looks at time limits every 2 s, shared by all tests of the session."""
+    require_slurm()
+    cluster = Cluster.up("--fast-signals")
+    yield cluster
+    cluster.down()
