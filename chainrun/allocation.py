@@ -1,0 +1,35 @@
+"""What one process knows of the job that carries it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+def _no_end() -> float | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The place of this process in its job, and the job's end.
+
+    Built by the launching layer from the scheduler's environment; the layers below only read it.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    scheduler: str = "none"
+    """``slurm``, ``local``, or ``none`` for a `Run` made by hand."""
+    job: str = "0"
+    restart: int = 0
+    """How often the scheduler has started this job before."""
+    host: str = field(default_factory=socket.gethostname)
+    end: Callable[[], float | None] = _no_end
+    """Asks when the job will be killed: seconds since the epoch, None where there is no limit."""
+    interrupt_at: frozenset[int] = frozenset()
+    """Global steps at which the segment ends as if the walltime had come."""

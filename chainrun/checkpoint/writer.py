@@ -1,0 +1,108 @@
+"""One save, by all ranks: every rank its file, rank 0 the manifest, last of all the rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from chainrun.checkpoint import image, state
+from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file
+from chainrun.errors import CheckpointError
+from chainrun.rundir import write_durably
+
+
+class Group(Protocol):
+    """The ranks of a segment, as far as a save needs them; values are JSON."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Return every rank's value on rank 0, None on the others."""
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+
+
+class Alone:
+    """The group of a single process."""
+
+    rank = 0
+    world_size = 1
+
+    def gather(self, value: Any) -> list[Any] | None:
+        return [value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def save(store: Store, group: Group, step: int, tree: Any, about: dict[str, Any]) -> tuple[Path, float]:
+    """Write and commit one checkpoint; every rank calls it. Return its path and the seconds it took.
+
+    Args:
+        step: the global step, which names the directory.
+        tree: this rank's state.
+        about: what the manifest says besides sizes and hashes.
+
+    Raises:
+        CheckpointError: a rank could not write; nothing was committed, older checkpoints are untouched.
+    """
+    began = time.perf_counter()
+    path, temporary = Path(), Path()
+    problem = None
+    if group.rank == 0:
+        path = store.path_for(step)
+        temporary = store.temporary(path)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            problem = f"{temporary} could not be made: {error.strerror}"
+    name, problem = group.broadcast([str(path), problem])
+    path = Path(name)
+    temporary = store.temporary(path)
+    report: dict[str, Any] = {"error": problem}
+    if problem is None:
+        try:
+            state.check(tree, "checkpoint")
+            size, digest = image.write(temporary / rank_file(group.rank), tree)
+            report = {"error": None, "size": size, "xxh3_128": digest}
+        except (CheckpointError, OSError) as error:
+            report = {"error": str(error)}
+    reports = group.gather(report)
+    if reports is not None:
+        problem = _commit(store, temporary, path, reports, {**about, "step": step})
+    problem = group.broadcast(problem)
+    if problem is not None:
+        if group.rank == 0:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(temporary)
+        raise CheckpointError(f"no checkpoint at step {step}: {problem}")
+    return path, time.perf_counter() - began
+
+
+def _commit(
+    store: Store, temporary: Path, path: Path, reports: list[dict[str, Any]], about: dict[str, Any]
+) -> str | None:
+    """Check every rank's report and commit; return what went wrong."""
+    for rank, report in enumerate(reports):
+        if report["error"] is not None:
+            return f"rank {rank}: {report['error']}"
+    files = {rank_file(r): {"size": p["size"], "xxh3_128": p["xxh3_128"]} for r, p in enumerate(reports)}
+    manifest = {"format": FORMAT, **about, "world_size": len(reports), "time": time.time(), "files": files}
+    try:
+        for name, file in files.items():
+            size = (temporary / name).stat().st_size
+            if size != file["size"]:
+                return f"{name} has {size} bytes instead of {file['size']}"
+        write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        committed: Committed = store.commit(temporary, path)
+    except OSError as error:
+        return f"{temporary}: {error.strerror}"
+    store.trust(committed)
+    return None

@@ -1,0 +1,45 @@
+"""The events of a chain, one JSON line each in ``journal.jsonl``.
+
+Events and their fields (every line also has ``time`` in seconds since the epoch and ``event``):
+
+=============  =======================================================================================
+``segment``    a segment starts: ``segment job restart host world_size resumed step checkpoint seconds``
+``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds reason``
+``fallback``   a checkpoint was not trusted: ``path reason``
+``deferred``   a stop or save waits for a place where it is exact: ``step reason``
+``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
+``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
+``failed``     the user's function or chainrun failed: ``segment rank step error traceback``
+``done``       the function returned: ``segment step``
+``cancel``     a person ended the chain
+``continue``   a person let an ended chain go on: ``changes``
+=============  =======================================================================================
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from chainrun.rundir import RunDir, append_lines, read_lines
+
+
+def record(run: RunDir, event: str, **fields: Any) -> None:
+    """Append one event."""
+    append_lines(run.journal, [{"time": round(time.time(), 3), "event": event, **fields}])
+
+
+def events(run: RunDir, *kinds: str) -> Iterator[dict[str, Any]]:
+    """Yield the events of the given kinds, all of them without one, oldest first."""
+    for line in read_lines(run.journal):
+        if not kinds or line.get("event") in kinds:
+            yield line
+
+
+def last(run: RunDir, *kinds: str) -> dict[str, Any] | None:
+    """Return the newest event of the given kinds."""
+    newest = None
+    for newest in events(run, *kinds):  # noqa: B007 the loop's last value is what is wanted
+        pass
+    return newest

@@ -1,0 +1,66 @@
+"""What submitit pickles: the path of the run directory, and nothing else.
+
+Every start, for whatever reason, asks the store for the newest committed checkpoint, so nothing in the
+pickle can go stale; and it is unpickled fast, so that the moment in which a signal finds no handler is short.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from chainrun.allocation import Allocation
+from chainrun.errors import EXIT_FAILED, EXIT_STOPPED
+from chainrun.launch import handoff, slurm
+from chainrun.rundir import RunDir
+from chainrun.training.stop import Signals
+
+LOCAL = "CHAINRUN_LOCAL"  # what `chainrun run` tells its segments: JSON with segment, end, interrupt_at
+
+
+class Job:
+    """One start of one job, on every rank."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self) -> None:
+        signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
+        run = RunDir(Path(self.path))
+        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
+        from chainrun.segment import run_segment
+
+        outcome = run_segment(run, allocation, signals)
+        if outcome.kind == "failed":
+            sys.exit(EXIT_FAILED)
+        if outcome.kind == "stopped":
+            if allocation.scheduler == "local":
+                return  # `chainrun run` waits for this and starts the next segment
+            if allocation.rank == 0 and not handoff.hand_over(run, allocation, outcome):
+                sys.exit(EXIT_STOPPED)
+
+    def checkpoint(self) -> Any:
+        """Answer submitit's own handler in the seconds before ours are installed: start again as we are."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def _local_allocation() -> Allocation:
+    env = os.environ
+    told: dict[str, Any] = json.loads(env[LOCAL])
+    ranks = int(env["SUBMITIT_LOCAL_NTASKS"])
+    return Allocation(
+        rank=int(env["SUBMITIT_LOCAL_GLOBALID"]),
+        world_size=ranks,
+        local_rank=int(env["SUBMITIT_LOCAL_LOCALID"]),
+        local_world_size=ranks,
+        scheduler="local",
+        job=env["SUBMITIT_LOCAL_JOB_ID"],
+        restart=told["segment"],
+        end=lambda: told["end"],
+        interrupt_at=frozenset(told["interrupt_at"]),
+    )

@@ -1,0 +1,168 @@
+"""The same chain on this machine: every segment a fresh process group, with real signals.
+
+Each segment is submitted afresh through submitit's local executor, which sends USR2 before a segment's end
+and kills what is left at the end; its own restarts (six at most) are not used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from chainrun import journal
+from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from chainrun.experiment import Experiment
+from chainrun.launch import handoff
+from chainrun.launch.job import LOCAL, Job
+from chainrun.launch.progress import Progress
+from chainrun.rundir import RunDir
+
+_FOREVER = 10 * 365 * 24 * 3600.0
+_GRACE = 20.0  # seconds for the other ranks to end after one has failed
+
+
+class _Asked:
+    """Notes that a person, or the system, wants the chain to end; counts how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.times += 1
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Asked]:
+    asked = _Asked()
+    before = {s: signal.signal(s, asked) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def run_chain(run: RunDir, described: Experiment, interrupt_at: list[int], *, quiet: bool = False) -> int:
+    """Carry a run to its end on this machine; return the exit code.
+
+    Args:
+        interrupt_at: global steps at which a segment ends as if its walltime had come.
+        quiet: print nothing but warnings and errors.
+    """
+    with _interruptible() as asked, Progress(run, quiet=quiet) as progress:
+        while True:
+            process = _start(run, described, interrupt_at)
+            code = _watch(run, process, asked, progress)
+            if code is not None:
+                return code
+
+
+def _start(run: RunDir, described: Experiment, interrupt_at: list[int]) -> Any:
+    """Start one segment; return the process that controls its ranks."""
+    import submitit
+
+    local = described.local
+    walltime = local.walltime
+    segment = 1 + sum(1 for _ in journal.events(run, "segment"))
+    limit = _FOREVER if walltime is None else math.ceil(walltime)
+    lead = local.lead if isinstance(local.lead, float) else max(1.0, 0.25 * limit)
+    executor = submitit.LocalExecutor(folder=run.jobs, max_num_timeout=1_000_000)
+    executor.update_parameters(
+        timeout_min=limit / 60 + 1e-6,  # submitit cuts it to whole seconds
+        signal_delay_s=math.ceil(lead),
+        tasks_per_node=local.tasks,
+        visible_gpus=_gpus(),
+        gpus_per_node=len(_gpus()),
+    )
+    told = {
+        "segment": segment,
+        "end": None if walltime is None else time.time() + walltime,
+        "interrupt_at": interrupt_at,
+    }
+    os.environ[LOCAL] = json.dumps(told)
+    os.environ.setdefault("PYTHONHASHSEED", "0")
+    # Ctrl-C reaches the whole process group: here it means "save and stop", so only we listen to it
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        job = executor.submit(Job(str(run.path)))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        del os.environ[LOCAL]
+    return job._process
+
+
+def _gpus() -> list[int]:
+    """Return the indices of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [int(index) for index in visible.split(",") if index.strip().isdigit()]
+    return sorted(int(p.name[6:]) for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
+
+
+def _watch(run: RunDir, process: Any, asked: _Asked, progress: Progress) -> int | None:
+    """Wait for a segment's end; return the exit code, None where the next segment is to start."""
+    told = 0
+    failed_at: float | None = None
+    while process.poll() is None:
+        time.sleep(0.1)
+        progress.update()
+        if asked.times > told:
+            told = asked.times
+            if told == 1:
+                progress.write("saving a checkpoint, then stopping; once more to kill")
+                process.send_signal(signal.SIGTERM)  # submitit's controller passes it on to every rank
+            else:
+                _kill_tasks(process.pid)
+        if run.failed.exists() and failed_at is None:
+            failed_at = time.monotonic()
+        if failed_at is not None and time.monotonic() - failed_at > _GRACE:
+            _kill_tasks(process.pid)  # a rank that waits for the failed one
+    progress.update()
+    if run.done.exists():
+        progress.finish()
+        return EXIT_DONE
+    if run.failed.exists():
+        print(f"chainrun: {run.failed.read_text().rstrip()}", file=sys.stderr)
+        print(f"chainrun: the run {run.path} has failed; `chainrun logs {run.path}` shows all", file=sys.stderr)
+        return EXIT_FAILED
+    event = journal.last(run, "segment", "stop") or {}
+    again = f"to go on: chainrun run {run.experiment}"
+    if event.get("event") != "stop":
+        newest = (journal.last(run, "checkpoint") or {}).get("step")
+        what = f"the newest checkpoint is of step {newest}" if newest else "no checkpoint had been written"
+        progress.write(f"the segment was killed before it could save; {what}; {again}")
+        return EXIT_FAILED
+    if asked.times or event["reason"] in ("cancelled", "terminated"):
+        progress.write(f"stopped at step {event['step']} with a checkpoint; {again}")
+        return EXIT_STOPPED
+    from chainrun import experiment
+
+    why = handoff.breaker(run, experiment.load(run.experiment).chain)
+    if why is not None:
+        journal.record(run, "handoff", how=None, refused=why)
+        progress.write(f"the chain stops here: {why}; {again}")
+        return EXIT_STOPPED
+    journal.record(run, "handoff", how="local")
+    return None
+
+
+def _kill_tasks(controller: int) -> None:
+    """Kill the ranks; submitit's controller then ends by itself."""
+    held = Path(f"/proc/{controller}/task/{controller}/children")
+    for pid in held.read_text().split() if held.exists() else []:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+

@@ -1,0 +1,178 @@
+"""The run directory: every file name inside it is spelled here and nowhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chainrun.errors import UsageError
+
+FORMAT = 1  # of the run directory; raised when an older chainrun could misread a newer directory
+
+_CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def experiment(self) -> Path:
+        return self.path / "experiment.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def jobs(self) -> Path:
+        """submitit's folder: scripts, pickles and one log per job and rank."""
+        return self.path / "jobs"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def done(self) -> Path:
+        return self.path / "DONE"
+
+    @property
+    def failed(self) -> Path:
+        return self.path / "FAILED"
+
+    @property
+    def stop(self) -> Path:
+        """Written by `chainrun cancel`: the running segment saves and ends, no further one starts."""
+        return self.path / "STOP"
+
+    def rendezvous(self, job: str, restart: int) -> Path:
+        """Where rank 0 of one segment writes the address that the other ranks connect to."""
+        return self.jobs / f"{job}_{restart}_rendezvous.json"
+
+    def checkpoint(self, step: int, repeat: int = 0) -> Path:
+        """The directory of the checkpoint at `step`; `repeat` counts further boundaries at the same step."""
+        return self.checkpoints / (f"step-{step:08d}" + (f".{repeat}" if repeat else ""))
+
+    def logs(self, rank: int) -> list[Path]:
+        """The log files of one rank, oldest job first, standard output before standard error."""
+        found = [*self.jobs.glob(f"*_{rank}_log.out"), *self.jobs.glob(f"*_{rank}_log.err")]
+        born = {path.name.split("_")[0]: 0.0 for path in found}
+        for path in found:
+            job = path.name.split("_")[0]
+            born[job] = max(born[job], path.stat().st_mtime)
+        return sorted(found, key=lambda p: (born[p.name.split("_")[0]], p.name.endswith(".err")))
+
+    def create(self) -> RunDir:
+        """Create the directory and its folders.
+
+        Raises:
+            UsageError: the directory cannot be created or written.
+        """
+        try:
+            for folder in (self.path, self.checkpoints, self.jobs):
+                folder.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"the run directory {self.path} cannot be written: {error.strerror or error}; "
+                "choose another with dir=PATH, or make it writable"
+            ) from error
+        return self
+
+
+def parse_checkpoint(name: str) -> tuple[int, int] | None:
+    """Return (step, repeat) of a checkpoint directory's name, None for any other name."""
+    match = _CHECKPOINT.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+def open_run(path: Path) -> RunDir:
+    """Return the run directory at `path`, which must exist.
+
+    Raises:
+        UsageError: there is no run there.
+    """
+    run = RunDir(path.absolute())
+    if not run.experiment.is_file():
+        what = "holds no experiment.yaml" if path.is_dir() else "does not exist"
+        raise UsageError(f"{path} is not a run directory: it {what}; give the folder that submit or run named")
+    return run
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the entries of a directory durable: a rename is on disk only after this."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace a small file so that after a crash it holds either the old or the new content, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_dir(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, None where it is absent or not (yet) valid."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Append JSON lines with one write, so that lines of several processes never mix."""
+    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(fd, data)
+    finally:
+        os.close(fd)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON lines of a file; a line torn by a crash is passed over."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    value = json.loads(line)
+                    if isinstance(value, dict):
+                        yield value
+    except FileNotFoundError:
+        return

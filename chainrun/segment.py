@@ -1,0 +1,244 @@
+"""What one process of one job does: prepare, call the user's function, say how it ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from chainrun import experiment, function, journal
+from chainrun.allocation import Allocation
+from chainrun.errors import ChainrunError
+from chainrun.lock import Lock
+from chainrun.rundir import RunDir, write_durably
+from chainrun.training.stop import Pace, SegmentEnd, Signals
+
+if TYPE_CHECKING:
+    from chainrun.training.run import Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a segment ended."""
+
+    kind: Literal["done", "stopped", "failed", "idle"]
+    """``idle``: there was nothing to do, the run is done, failed or cancelled."""
+    reason: str = ""
+    step: int = 0
+
+
+def say(line: str) -> None:
+    print(f"chainrun: {line}", file=sys.stderr, flush=True)
+
+
+def run_segment(run: RunDir, allocation: Allocation, signals: Signals) -> Outcome:
+    """Carry the run on until its function returns or the segment has to end."""
+    if run.done.exists():
+        return Outcome("idle", "the run is done")
+    if run.stop.exists():
+        return Outcome("idle", "the run was cancelled")
+    if run.failed.exists():
+        return Outcome("idle", "the run has failed")
+    segment = _Segment(run, allocation, signals)
+    try:
+        return segment.carry()
+    except SegmentEnd as end:
+        step = segment.training.global_step if segment.training else 0
+        unused = segment.training.time_left() if segment.training else float("inf")
+        if allocation.rank == 0:
+            journal.record(
+                run,
+                "stop",
+                segment=segment.number,
+                step=step,
+                reason=end.wish.reason,
+                unused_seconds=round(unused, 1) if unused < float("inf") else None,
+            )
+            say(f"segment {segment.number} stops at step {step} ({end.wish.reason}), checkpoint committed")
+        return Outcome("stopped", end.wish.reason, step)
+    except BaseException as error:
+        return segment.fail(error)
+    finally:
+        segment.close()
+
+
+class _Segment:
+    def __init__(self, run: RunDir, allocation: Allocation, signals: Signals) -> None:
+        self._run, self._allocation, self._signals = run, allocation, signals
+        self._lock = Lock(run, allocation.job, allocation.restart)
+        self._control: Any = None
+        self._locked = False
+        self.training: Run | None = None
+        self.number = 0
+
+    def carry(self) -> Outcome:
+        run, allocation = self._run, self._allocation
+        described = experiment.load(run.experiment)
+        if allocation.rank == 0:
+            taken_over = self._lock.acquire()
+            self._locked = True
+            if taken_over:
+                say(f"took the lock over: {taken_over}")
+            self.number = 1 + sum(1 for _ in journal.events(run, "segment"))
+        if described.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        import torch
+
+        from chainrun.checkpoint.writer import Alone
+        from chainrun.training import distributed, rng
+        from chainrun.training.run import Run, Setting
+
+        if described.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        self._control = distributed.connect(allocation, run)
+        group = self._control or Alone()
+        self.number = group.broadcast(self.number)
+        source = function.find_function(described, run.path)
+        train = function.load_function(source)
+        every = described.checkpoint.every
+        created = journal.last(run, "created") or {}
+        limits = described.local if allocation.scheduler == "local" else described.slurm
+        keep_every = described.checkpoint.keep_every
+        setting = Setting(
+            allocation=allocation,
+            group=group,
+            name=described.name,
+            id=created.get("id", described.name),
+            segment=self.number,
+            seed=described.seed,
+            save_every_steps=every.steps if isinstance(every, experiment.Steps) else None,
+            keep=described.checkpoint.keep,
+            keep_every=keep_every.steps if keep_every else None,
+            watch={
+                "signals": self._signals,
+                "end": allocation.end,
+                "every": every if isinstance(every, float) else None,
+                "lead": limits.lead if isinstance(limits.lead, float) else None,
+                "beat": self._beat,
+                "agreement": self._control,
+                "leads": allocation.rank == 0,
+                "pace": Pace(),
+            },
+            environment=_environment(allocation) if allocation.rank == 0 else {},
+            may_write=lambda: not self._locked or self._lock.held(),
+            say=say if allocation.rank == 0 else lambda line: None,
+        )
+        began = time.perf_counter()
+        self.training = training = Run(run.path, setting=setting)
+        seconds = time.perf_counter() - began
+        newest = training.restored_from
+        if newest is not None and newest.manifest.get("ended"):  # killed between its last two acts
+            return self._done(newest.manifest["result"])
+        if allocation.rank == 0:
+            journal.record(
+                run,
+                "segment",
+                segment=self.number,
+                job=allocation.job,
+                restart=allocation.restart,
+                host=allocation.host,
+                world_size=allocation.world_size,
+                resumed=training.resumed,
+                step=training.global_step,
+                checkpoint=newest and newest.path.name,
+                seconds=round(seconds, 3),
+            )
+            if newest is None:
+                say(f"segment {self.number}: fresh start")
+            else:
+                say(
+                    f"segment {self.number}: resuming at step {training.global_step} from {newest.path.name} "
+                    f"(read and verified in {seconds:.2f} s)"
+                )
+        if described.seed is not None:
+            rng.seed_all(described.seed)
+        training._start()
+        result = train(training, **described.args)
+        if self._control is not None:
+            self._control.returned()
+        result = _plain(result)
+        training._finish(result)
+        return self._done(result)
+
+    def _done(self, result: Any) -> Outcome:
+        assert self.training is not None
+        step = self.training.global_step
+        if self._allocation.rank == 0:
+            write_durably(self._run.result, json.dumps(result, indent=1).encode())
+            journal.record(self._run, "done", segment=self.number, step=step)
+            write_durably(self._run.done, b"")
+            say(f"done after {step} steps and {self.number} segments")
+        return Outcome("done", step=step)
+
+    def fail(self, error: BaseException) -> Outcome:
+        """Record why, where the next reader looks: the journal, FAILED and this rank's log."""
+        step = self.training.global_step if self.training else 0
+        rank = self._allocation.rank
+        if isinstance(error, ChainrunError):
+            text = message = str(error)
+        else:
+            frames = traceback.TracebackException.from_exception(error)
+            text = "".join(frames.format())
+            message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        where = f"rank {rank} failed in segment {self.number} at step {step}: "
+        say(where + text)
+        try:
+            fields = {"segment": self.number, "rank": rank, "step": step, "error": message, "traceback": text}
+            journal.record(self._run, "failed", **fields)
+            if not self._run.failed.exists():
+                write_durably(self._run.failed, (where + text).encode())
+            if self._control is not None:
+                self._control.fail()
+        except Exception as problem:
+            say(f"that could not be recorded in {self._run.path}: {problem}")
+        return Outcome("failed", message, step)
+
+    def _beat(self) -> None:
+        training = self.training
+        if self._locked and training is not None:
+            self._lock.beat(segment=self.number, **training.progress())
+
+    def close(self) -> None:
+        if self.training is not None:
+            self.training._close()
+        if self._control is not None:
+            self._control.leave()
+        if self._locked:
+            self._lock.release()
+
+
+def _plain(result: Any) -> Any:
+    """Return the function's result as JSON can hold it; after weeks of training a result never fails."""
+
+    def convert(value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else repr(value)
+
+    return json.loads(json.dumps(result, default=convert, skipkeys=True))
+
+
+def _environment(allocation: Allocation) -> dict[str, Any]:
+    """What the bits of a training depend on besides its state."""
+    import numpy
+    import torch
+
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "host": allocation.host,
+        "hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
+    }
+    if torch.cuda.is_available():
+        facts["cuda"] = torch.version.cuda
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["gpu"] = torch.cuda.get_device_name(0)
+    return facts

@@ -1,0 +1,64 @@
+"""The user's metrics: one JSON line a call, none twice after a restore.
+
+Device tensors are kept as they are and read when the file is written, now and then, so that logging a loss
+costs no synchronization in the step. A checkpoint holds the file's size; a restore cuts the file there.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chainrun.rundir import append_lines
+
+FLUSH_LINES = 1000
+FLUSH_SECONDS = 5.0
+
+
+class Metrics:
+    """Writer of ``metrics.jsonl``; does nothing on ranks other than 0."""
+
+    def __init__(self, path: Path, *, active: bool) -> None:
+        self._path, self._active = path, active
+        self._lines: list[dict[str, Any]] = []
+        self._flushed = time.monotonic()
+        self.latest: dict[str, Any] = {}  # of the last flush, for progress displays
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Note one line."""
+        if not self._active:
+            return
+        line: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            # a copy: the user may go on adding to a running sum in place
+            line[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+        self._lines.append(line)
+        if len(self._lines) >= FLUSH_LINES or time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> int:
+        """Write what was noted; return the file's size in bytes."""
+        lines = [{name: _plain(value) for name, value in line.items()} for line in self._lines]
+        self._lines, self._flushed = [], time.monotonic()
+        if lines:
+            append_lines(self._path, lines)
+            for line in lines:
+                self.latest.update(line)
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        """Drop the lines written after the checkpoint that said `size`."""
+        if self._active and self._path.exists() and self._path.stat().st_size > size:
+            os.truncate(self._path, size)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return value.tolist()
+    return value if isinstance(value, (bool, int, float, str, type(None), list, dict)) else str(value)

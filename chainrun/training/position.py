@@ -1,0 +1,261 @@
+"""Where the function is, in counts that a fresh process can walk to again.
+
+A resumed function starts at its first line. To go on exactly where a checkpoint was taken, chainrun walks
+it there: loops that had ended give nothing, the interrupted epoch is entered again, the interrupted loader
+moves to its batch; then everything registered, and the random state last, is set to the checkpoint's, which
+undoes whatever the walk did. That moment is called *going on*.
+
+Words:
+
+pass
+    one run of a registered loader, of `Run.steps` or of `Run.epochs` from start to end.
+scope
+    the function, inside it the present turn of `epochs`, inside that a `steps` range. Passes are counted
+    by scope: "the second pass over ``train`` since this epoch began".
+head
+    where a loop asks for its next turn. A checkpoint is taken at the head that follows the boundary, so that
+    the rest of the loop's body has run; or in the boundary call itself where no registered loop is running.
+owner
+    the loop at whose head (or ``None``: the boundary call in which) the checkpoint was taken; meeting it
+    again is going on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from chainrun.errors import RegisterError, RestoreError
+from chainrun.training import rng
+
+Begin = Literal["fresh", "skip", "resume"]
+
+
+@dataclass(eq=False)
+class Pass:
+    """One pass over a loop."""
+
+    loop: str
+    home: int  # the scope in which a resumed function begins it again, as an index
+    ordinal: int  # the how-manyth pass over this loop since that scope began
+    began: int  # tick
+    boundaries: int  # of the whole function, when it began
+    advanced: int | None = None  # tick at which it last handed something out
+
+
+@dataclass
+class Scope:
+    """The counts since the function, a turn of `epochs` or a `steps` range began."""
+
+    loop: str | None
+    began: int  # tick
+    inherited: dict[str, Pass]  # passes that were running when the scope began
+    passes: dict[str, int] = field(default_factory=dict)
+    glances: dict[str, list[int]] = field(default_factory=dict)  # passes left early that held no boundary
+    boundaries: int = 0
+    ended: dict[str, Any] | None = None  # the last pass that ended: loop, ordinal, boundaries, random state
+
+
+class Position:
+    """The place of the function, and the walk to a saved one.
+
+    Args:
+        target: what `capture` returned when the checkpoint was taken, None for a fresh start.
+        go_on: called when the walk arrives; restores everything registered and the random state.
+    """
+
+    def __init__(self, target: dict[str, Any] | None, go_on: Callable[[], None]) -> None:
+        self._tick = 0
+        self._scopes = [Scope(None, 0, {})]
+        self._running: dict[str, Pass] = {}
+        self._target = target
+        self._waiting: dict[str, dict[str, Any]] = (
+            {} if target is None else {p["loop"]: p for p in target["running"]}
+        )
+        self._go_on = go_on
+        self.walking = target is not None
+        self.boundaries = 0  # passed by this process, the walk's not counted
+
+    # ---- what loops tell -----------------------------------------------------------------------
+
+    def begin(self, loop: str) -> tuple[Begin, Pass]:
+        """A pass over `loop` begins; say whether it is to be skipped, resumed or run afresh.
+
+        Raises:
+            RestoreError: the function's loops are not those that the checkpoint was taken in.
+        """
+        self._tick += 1
+        if loop in self._running:
+            self.end(self._running[loop], exhausted=False)
+        scope = self._scopes[-1]
+        outer = scope.inherited.get(loop)
+        if outer is not None:  # a variable of an outer scope is given a new pass: it counts there
+            new = Pass(loop, outer.home, outer.ordinal, self._tick, self.boundaries)
+        else:
+            scope.passes[loop] = scope.passes.get(loop, 0) + 1
+            new = Pass(loop, len(self._scopes) - 1, scope.passes[loop], self._tick, self.boundaries)
+        what = self._what(new, inherited=outer is not None)
+        if what != "skip":
+            self._running[loop] = new
+        return what, new
+
+    def _what(self, new: Pass, inherited: bool) -> Begin:
+        waiting = self._waiting.get(new.loop)
+        if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
+            del self._waiting[new.loop]
+            return "resume"
+        saved = self._saved_scope()
+        if saved is None or inherited or new.ordinal in saved["glances"].get(new.loop, ()):
+            return "fresh"
+        if new.ordinal > saved["passes"].get(new.loop, 0):
+            raise RestoreError(
+                f"the function began pass {new.ordinal} over '{new.loop}' before it came to the place where "
+                f"the checkpoint was taken ({self.describe_target()}): its loops have changed since; go back "
+                "to the code that wrote the checkpoint, or start a new run"
+            )
+        ended = saved["ended"]
+        if ended and (ended["loop"], ended["ordinal"]) == (new.loop, new.ordinal):
+            rng.restore(rng.from_tensors(ended["rng"]))  # code between two loops draws what it drew then
+            self._scopes[-1].boundaries = ended["boundaries"]
+        return "skip"
+
+    def _saved_scope(self) -> dict[str, Any] | None:
+        """What the checkpoint says of the present scope, None where it says nothing or the walk is over."""
+        if not self.walking or self._target is None or len(self._scopes) > len(self._target["scopes"]):
+            return None
+        saved: dict[str, Any] = self._target["scopes"][len(self._scopes) - 1]
+        return saved
+
+    def owns(self, loop: str) -> bool:
+        """Whether the walk ends where this loop is resumed."""
+        return self.walking and self._target is not None and self._target["owner"] == loop
+
+    def arrive(self) -> None:
+        """The walk is at its end: go on."""
+        assert self._target is not None
+        for scope, saved in zip(self._scopes, self._target["scopes"], strict=True):
+            ended = saved["ended"]
+            scope.passes, scope.glances = saved["passes"], saved["glances"]
+            scope.boundaries = saved["boundaries"]
+            scope.ended = ended and {**ended, "rng": rng.from_tensors(ended["rng"])}
+        self.walking = False
+        self._go_on()
+
+    def advance(self, running: Pass) -> None:
+        """The pass hands something out.
+
+        Raises:
+            RegisterError: a newer pass over the same loop has begun.
+        """
+        self._tick += 1
+        running.advanced = self._tick
+        if self._running.get(running.loop) is not running:
+            raise RegisterError(
+                f"two passes over '{running.loop}' are used at the same time; a resume could not tell them "
+                "apart: build and register a second loader for the second loop"
+            )
+
+    def end(self, ended: Pass, *, exhausted: bool) -> None:
+        """The pass is over (`exhausted`), or was left early."""
+        if self._running.get(ended.loop) is not ended:
+            return  # a newer pass has taken its place
+        del self._running[ended.loop]
+        scope = self._scopes[-1]
+        if ended.home != len(self._scopes) - 1 or ended.loop in scope.inherited:
+            return
+        if not exhausted and ended.boundaries == self.boundaries:
+            scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
+        scope.ended = {
+            "loop": ended.loop,
+            "ordinal": ended.ordinal,
+            "boundaries": scope.boundaries,
+            "rng": rng.capture(),
+        }
+
+    def push(self, loop: str) -> None:
+        """A turn of `epochs`, or a `steps` range, begins."""
+        self._tick += 1
+        self._scopes.append(Scope(loop, self._tick, dict(self._running)))
+
+    def pop(self) -> None:
+        """It is over. A pass that began inside and is still held counts as the next turn's first."""
+        self._scopes.pop()
+        for held in self._running.values():
+            if held.home == len(self._scopes):
+                held.ordinal = 1
+
+    @property
+    def inside(self) -> str | None:
+        """The range whose turn is running: ``epochs``, ``steps`` or None."""
+        return self._scopes[-1].loop
+
+    # ---- boundaries ----------------------------------------------------------------------------
+
+    def boundary(self) -> bool:
+        """A boundary is reached; return whether it is one that the function really passes.
+
+        During the walk it is not, and the one at which the checkpoint was taken is where the walk ends.
+        """
+        scope = self._scopes[-1]
+        scope.boundaries += 1
+        if not self.walking:
+            self.boundaries += 1
+            return True
+        assert self._target is not None
+        scopes = self._target["scopes"]
+        if (
+            self._target["owner"] is None
+            and len(self._scopes) == len(scopes)
+            and scope.boundaries == scopes[-1]["boundaries"]
+        ):
+            self.arrive()
+        return False
+
+    def is_head(self, head: Pass) -> bool:
+        """Whether this loop is the present scope's own, so that its head is a place to capture at."""
+        if self.inside == "steps":
+            return head.loop == "steps"
+        return head.home == len(self._scopes) - 1
+
+    def has_head(self) -> bool:
+        """Whether a loop is running at whose head to capture; else it is done in the boundary call."""
+        return any(self.is_head(running) for running in self._running.values())
+
+    def hindrance(self, head: Pass | None) -> str | None:
+        """Return the name of an outer loop that makes a capture at this head inexact, None if exact.
+
+        An outer loader has handed out a batch whose body is still running: a resumed function would need
+        that batch again. The capture waits until the inner loop has ended.
+        """
+        since = head.began if head else self._scopes[-1].began
+        for other in self._running.values():
+            if other is head or other.loop in ("epochs", "steps") or other.advanced is None:
+                continue
+            if other.advanced < since:
+                return other.loop
+        return None
+
+    def capture(self, owner: str | None) -> dict[str, Any]:
+        """Return the place as plain data."""
+        return {
+            "owner": owner,
+            "scopes": [
+                {
+                    "passes": dict(s.passes),
+                    "glances": {loop: list(ordinals) for loop, ordinals in s.glances.items()},
+                    "boundaries": s.boundaries,
+                    "ended": s.ended and {**s.ended, "rng": rng.to_tensors(s.ended["rng"])},
+                }
+                for s in self._scopes
+            ],
+            "running": [
+                {"loop": p.loop, "home": p.home, "ordinal": p.ordinal} for p in self._running.values()
+            ],
+        }
+
+    def describe_target(self) -> str:
+        """Say in words where the walk goes."""
+        assert self._target is not None
+        owner = self._target["owner"]
+        return f"in loop '{owner}'" if owner else f"boundary {self._target['scopes'][-1]['boundaries']}"

@@ -1,0 +1,214 @@
+"""All random state of a process, as bytes.
+
+A state is a dict from the stream's name (``python``, ``numpy``, ``torch``, ``cuda:0`` …) to bytes. Bytes
+travel from loader workers cheaply, go to disk as uint8 tensors that ``torch.load(weights_only=True)``
+opens (NumPy's own tuple it refuses), and are compared and fingerprinted without knowing what they hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import struct
+import types
+from array import array
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from chainrun.errors import RestoreError
+
+State: TypeAlias = dict[str, bytes]
+Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
+
+def from_tensor(state: torch.Tensor) -> bytes:
+    """Return the bytes of a uint8 tensor."""
+    return bytes(state.numpy().tobytes())
+
+
+def to_tensor(state: bytes) -> torch.Tensor:
+    """Return the form in which a state is saved: a uint8 tensor."""
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def _python_bytes(state: Any) -> bytes:
+    version, words, gauss = state
+    return struct.pack("<B?d", version, gauss is not None, gauss or 0.0) + array("I", words).tobytes()
+
+
+def _python_state(data: bytes) -> Any:
+    head = struct.calcsize("<B?d")
+    version, has_gauss, gauss = struct.unpack("<B?d", data[:head])
+    words = array("I")
+    words.frombytes(data[head:])
+    return version, tuple(words), gauss if has_gauss else None
+
+
+def _numpy_bytes(state: Any) -> bytes:
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return {"dtype": value.dtype.str, "array": value.tolist()}
+        return value.item()
+
+    return json.dumps(state, default=plain).encode()  # a double's JSON form keeps all of its bits
+
+
+def _numpy_state(data: bytes) -> Any:
+    def revive(value: dict[str, Any]) -> Any:
+        return np.array(value["array"], dtype=value["dtype"]) if "array" in value else value
+
+    return json.loads(data, object_hook=revive)
+
+
+def get(generator: Generator) -> bytes:
+    """Return the state of one generator."""
+    if isinstance(generator, torch.Generator):
+        return from_tensor(generator.get_state())
+    if isinstance(generator, random.Random):
+        return _python_bytes(generator.getstate())
+    if isinstance(generator, np.random.RandomState):
+        return _numpy_bytes(generator.get_state(legacy=False))
+    return _numpy_bytes(generator.bit_generator.state)
+
+
+def put(generator: Generator, state: bytes) -> None:
+    """Set the state of one generator to what `get` returned."""
+    if isinstance(generator, torch.Generator):
+        generator.set_state(to_tensor(state))
+    elif isinstance(generator, random.Random):
+        generator.setstate(_python_state(state))
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_numpy_state(state))
+    else:
+        generator.bit_generator.state = _numpy_state(state)
+
+
+def _accelerator() -> tuple[str, Any, int] | None:
+    """Return (type, module, number of devices) of the accelerator in use, None on a CPU machine.
+
+    A loader worker has none: a forked one must not touch the device of its parent.
+    """
+    if torch.utils.data.get_worker_info() is not None or not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return None
+    module = torch.get_device_module(device.type)
+    return device.type, module, module.device_count()
+
+
+def capture() -> State:
+    """Return the state of Python's, NumPy's and torch's global generators, of every visible device too."""
+    state = {
+        "python": _python_bytes(random.getstate()),
+        "numpy": _numpy_bytes(np.random.get_state(legacy=False)),
+        "torch": from_tensor(torch.get_rng_state()),
+    }
+    accelerator = _accelerator()
+    if accelerator:
+        kind, module, count = accelerator
+        if kind == "mps":
+            state["mps"] = from_tensor(module.get_rng_state())
+        else:
+            for index in range(count):
+                state[f"{kind}:{index}"] = from_tensor(module.get_rng_state(index))
+    return state
+
+
+def restore(state: State) -> None:
+    """Set the global generators to a captured state; devices that are not here are left out."""
+    random.setstate(_python_state(state["python"]))
+    np.random.set_state(_numpy_state(state["numpy"]))
+    torch.set_rng_state(to_tensor(state["torch"]))
+    accelerator = _accelerator()
+    if accelerator:
+        kind, module, count = accelerator
+        if kind == "mps" and "mps" in state:
+            module.set_rng_state(to_tensor(state["mps"]))
+        for index in range(count):
+            if f"{kind}:{index}" in state:
+                module.set_rng_state(to_tensor(state[f"{kind}:{index}"]), index)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators, as a plain program does."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def to_tensors(state: State) -> dict[str, torch.Tensor]:
+    """Return the state in the form that is saved: one uint8 tensor a stream."""
+    return {name: to_tensor(data) for name, data in state.items()}
+
+
+def from_tensors(state: dict[str, torch.Tensor]) -> State:
+    """Return what `to_tensors` was given."""
+    return {name: from_tensor(tensor) for name, tensor in state.items()}
+
+
+def _children(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values() if len(value) <= _WIDTH else ()
+    elif isinstance(value, (list, tuple)):
+        yield from value if len(value) <= _WIDTH else ()
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    else:
+        yield from getattr(value, "__dict__", {}).values()
+
+
+_LEAVES = (int, float, complex, str, bytes, type(None), type, types.ModuleType, torch.Tensor, np.ndarray)
+_DEPTH, _WIDTH = 6, 64  # how deep attributes are followed; longer containers hold data, not generators
+
+
+def put_all(generators: list[Generator], states: list[bytes], where: str) -> None:
+    """Set the generators found somewhere to the states of those found there before.
+
+    Raises:
+        RestoreError: there are not as many as there were.
+    """
+    if len(generators) != len(states):
+        raise RestoreError(
+            f"{where}: {len(generators)} random generators were found, {len(states)} when the checkpoint was "
+            "taken; create them when the object is built, not while it is used, and always the same ones"
+        )
+    for generator, state in zip(generators, states, strict=True):
+        put(generator, state)
+
+
+def find_generators(*roots: Any) -> list[Generator]:
+    """Return the generators reachable through attributes and small containers, in a fixed order."""
+    found: list[Generator] = []
+    seen: set[int] = set()
+    stack = [(root, _DEPTH) for root in reversed(roots)]
+    while stack:
+        value, depth = stack.pop()
+        if id(value) in seen or isinstance(value, _LEAVES):
+            continue
+        seen.add(id(value))
+        if isinstance(value, GENERATORS):
+            found.append(value)
+        elif depth:
+            stack.extend((child, depth - 1) for child in reversed(list(_children(value))))
+    return found
+
+
+class Registered:
+    """A generator given to `Run.register`."""
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"generator": to_tensor(get(self._generator))}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        put(self._generator, from_tensor(state["generator"]))

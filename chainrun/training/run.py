@@ -1,0 +1,524 @@
+"""`Run`: what the user's training function holds in its hands."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chainrun import journal
+from chainrun.allocation import Allocation
+from chainrun.checkpoint import image, state, writer
+from chainrun.checkpoint.store import Committed, Store, rank_file, read_committed
+from chainrun.errors import ChainrunError, CheckpointError, RegisterError, RestoreError
+from chainrun.rundir import RunDir
+from chainrun.training import data, rng, stop
+from chainrun.training.metrics import Metrics
+from chainrun.training.position import Pass, Position
+from chainrun.training.stop import SegmentEnd, Watch, Wish
+
+_NEVER = sys.maxsize
+
+
+@dataclass
+class Setting:
+    """What a segment gives its `Run`; the defaults are those of a `Run` made by hand."""
+
+    allocation: Allocation = field(default_factory=Allocation)
+    group: Any = field(default_factory=writer.Alone)
+    name: str = "run"
+    id: str = "run"
+    segment: int = 1
+    seed: int | None = 0
+    save_every_steps: int | None = None
+    keep: int = 2
+    keep_every: int | None = None
+    watch: dict[str, Any] = field(default_factory=stop.alone)
+    """Arguments of the `Watch` besides those that the run knows itself."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Goes into the manifest."""
+    may_write: Callable[[], bool] = lambda: True
+    """Whether this segment (still) holds the run directory."""
+    say: Callable[[str], None] = lambda line: print(f"chainrun: {line}", file=sys.stderr, flush=True)
+
+
+class Run:
+    """A training that may be cut at any step boundary and goes on bit for bit.
+
+    chainrun makes one for every segment and hands it to the training function. Made by hand on a folder it
+    works in a unit test, without SLURM and without an experiment file; a second one on the same folder goes
+    on from the newest checkpoint there.
+
+    Args:
+        dir: the run directory.
+        checkpoint: the checkpoint to restore; by default the newest that can be trusted.
+
+    Attributes:
+        state: the user's own values, saved and restored; plain data and tensors.
+        global_step: optimization steps done since the run began.
+        epoch: index of the current turn of `epochs`.
+        segment: number of the present segment, from 1.
+        resumed: whether this segment goes on from a checkpoint.
+        rank, world_size, local_rank: as in torch.distributed.
+        device: this rank's accelerator, the CPU where there is none.
+        seed: the experiment's seed.
+        id: stable over all segments, for experiment trackers.
+        dir: the run directory.
+        restored_from: the checkpoint that this segment goes on from, None at a fresh start.
+    """
+
+    def __init__(self, dir: str | os.PathLike[str], *, setting: Setting | None = None) -> None:
+        self._setting = setting = setting or Setting(name=Path(dir).name, id=Path(dir).name)
+        self.dir = Path(dir).absolute()
+        self._run = RunDir(self.dir).create()
+        allocation = setting.allocation
+        self.rank, self.world_size = allocation.rank, allocation.world_size
+        self.local_rank = allocation.local_rank
+        self.id, self.seed, self.segment = setting.id, setting.seed, setting.segment
+        self.device = _device(self.local_rank)
+        self.global_step = 0
+        self.epoch = 0
+        self.state: dict[str, Any] = {}
+        self._store = Store(self._run)
+        self._metrics = Metrics(self._run.metrics, active=self.is_main)
+        self._objects: dict[str, state.Stateful] = {}
+        self._loaders: dict[str, Any] = {}
+        self._registered: dict[int, tuple[str, Any]] = {}  # by id, which is unique while the object lives
+        self._ranges: dict[str, dict[str, Any]] = {}
+        self._due: Wish | None = None
+        self._deferred = False
+        self._ended: Wish | None = None
+        self._saved_at: tuple[int, str | None] | None = None
+        self._size = 0  # bytes of the registered weights and two moments each
+        self._warned = False
+        self.restored_from: Committed | None = None
+        self._saved = self._load()
+        self.resumed = self._saved is not None
+        self._position = Position(self._saved and self._saved["position"], self._go_on)
+        self._watch = Watch(
+            **setting.watch,
+            stop_file=self._run.stop,
+            passed=lambda: self._position.boundaries,
+            first_save=self._guess_save_seconds,
+        )
+        self._next = self._next_due()
+
+    # ---- what the loop knows -------------------------------------------------------------------
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def time_left(self) -> float:
+        """Return the seconds until the job is killed; infinite where it has no limit."""
+        return self._watch.time_left()
+
+    # ---- registering and restoring -------------------------------------------------------------
+
+    def register(self, **objects: Any) -> None:
+        """Say what belongs to the training's state; restore it at once where there is a checkpoint.
+
+        Takes anything with ``state_dict`` and ``load_state_dict`` (modules, also wrapped by DDP or
+        torch.compile, optimizers, schedulers, scalers, samplers), `chainrun.DataLoader`, and generators
+        (torch.Generator, numpy.random.Generator and RandomState, random.Random). May be called several times,
+        before the loop.
+
+        Raises:
+            RegisterError: the object cannot be saved or resumed exactly.
+            RestoreError: the checkpoint lacks the name, or what it holds does not fit.
+        """
+        for name, thing in objects.items():
+            if name in self._objects or name in self._loaders:
+                raise RegisterError(f"register({name}=...) was called twice; every name stands for one object")
+            if id(thing) in self._registered:
+                raise RegisterError(
+                    f"register({name}=...) was given the object that is registered as "
+                    f"'{self._registered[id(thing)][0]}'; register it once"
+                )
+            saved = self._saved_for(name)
+            if isinstance(thing, data.DataLoader):
+                chain = data.bind(thing, name, self._position, self._at_head)
+                self._loaders[name] = chain
+                if saved is not None:
+                    chain.load_state_dict(saved)
+            else:
+                self._objects[name] = self._adapt(name, thing)
+                if saved is not None:
+                    self._objects[name].load_state_dict(saved)
+            self._registered[id(thing)] = (name, thing)
+            if isinstance(thing, torch.nn.Module):
+                self._size += 3 * sum(parameter.nbytes for parameter in thing.parameters())
+
+    def _adapt(self, name: str, thing: Any) -> state.Stateful:
+        if isinstance(thing, rng.GENERATORS):
+            return rng.Registered(thing)
+        if isinstance(thing, torch.utils.data.DataLoader):
+            raise RegisterError(
+                f"register({name}=...) was given a torch.utils.data.DataLoader, which cannot be resumed "
+                "exactly; build it as chainrun.DataLoader(...), with the same arguments"
+            )
+        if type(thing).__name__ == "StatefulDataLoader":
+            self._setting.say(
+                f"warning: '{name}' is torchdata's StatefulDataLoader, which does not restore its workers' "
+                "random state; chainrun.DataLoader does"
+            )
+        return state.adapt(name, thing)
+
+    def _saved_for(self, name: str) -> Any:
+        if self._saved is None:
+            if self.resumed and self._position.walking is False:
+                raise RegisterError(
+                    f"register({name}=...) came after the loop had gone on from step {self.global_step}; "
+                    "register everything before the loop"
+                )
+            return None
+        for kind in ("objects", "loaders"):
+            if name in self._saved[kind]:
+                return self._saved[kind][name]
+        known = ", ".join([*self._saved["objects"], *self._saved["loaders"]]) or "nothing"
+        raise RestoreError(
+            f"register({name}=...): the checkpoint at step {self.global_step} has no '{name}', it holds {known}; "
+            "register what it holds under the same names, or start a new run"
+        )
+
+    def _load(self) -> dict[str, Any] | None:
+        """Read this rank's file of the newest trusted checkpoint."""
+        setting = self._setting
+        newest: Committed | None = None
+        if self.is_main:
+            self._store.clean()
+            flawed: list[tuple[Committed, str]] = []
+            newest = self._store.newest(lambda checkpoint, why: flawed.append((checkpoint, why)))
+            for checkpoint, why in flawed:
+                aside = self._store.set_aside(checkpoint)
+                journal.record(self._run, "fallback", path=checkpoint.path.name, reason=why)
+                setting.say(
+                    f"the checkpoint {checkpoint.path.name} cannot be trusted ({why}); it is kept as "
+                    f"{aside.name}, going back to {newest.path.name if newest else 'a fresh start'}"
+                )
+        name = setting.group.broadcast(newest and str(newest.path))
+        if name is None:
+            self._metrics.cut(0)
+            return None
+        self.restored_from = checkpoint = read_committed(Path(name))
+        ranks = checkpoint.manifest["world_size"]
+        if ranks != self.world_size:
+            raise RestoreError(
+                f"the checkpoint {name} was taken with {ranks} ranks, this job has {self.world_size}; every "
+                f"rank has random state of its own, so start {ranks} ranks again, or a new run"
+            )
+        try:
+            saved: dict[str, Any] = image.read(checkpoint.path / rank_file(self.rank))
+        except CheckpointError as error:
+            raise RestoreError(str(error)) from error
+        self.global_step, self.epoch = saved["global_step"], saved["epoch"]
+        self.state = copy.deepcopy(saved["state"])
+        self._metrics.cut(saved["metrics"])
+        pace = checkpoint.manifest.get("pace")
+        if pace:
+            setting.watch["pace"] = stop.Pace(**pace)
+        return saved
+
+    def _go_on(self) -> None:
+        """The function has come to the place of the checkpoint: from here on it is the same training."""
+        saved = self._saved
+        assert saved is not None
+        missing = [n for n in (*saved["objects"], *saved["loaders"]) if n not in {*self._objects, *self._loaders}]
+        if missing:
+            raise RestoreError(
+                f"the checkpoint at step {saved['global_step']} holds '{missing[0]}', which the function has not "
+                f"registered; call run.register({missing[0]}=...) before the loop"
+            )
+        for name, thing in self._objects.items():
+            thing.load_state_dict(saved["objects"][name])
+        for chain in self._loaders.values():
+            chain.go_on()
+        self.state.clear()
+        self.state.update(copy.deepcopy(saved["state"]))
+        self.global_step, self.epoch = saved["global_step"], saved["epoch"]
+        self._saved = None
+        rng.restore(rng.from_tensors(saved["rng"]))
+
+    # ---- loops ---------------------------------------------------------------------------------
+
+    def epochs(self, n: int) -> Iterator[int]:
+        """Yield the epochs' indices 0 … n-1; a resumed run enters the interrupted one again."""
+        if self._position.inside is not None:
+            raise RegisterError("run.epochs() inside run.epochs() or run.steps() cannot be resumed; use one range")
+        what, mark = self._position.begin("epochs")
+        if what == "skip":
+            return
+        place = self._resume_range("epochs", what)
+        for index in range(place["index"], n):
+            self._ranges["epochs"] = {"index": index, "of": n, "rng": None}
+            if place["entered"]:
+                # the code between `for epoch` and the loader runs again and draws what it drew then
+                rng.restore(rng.from_tensors(place["rng"]))
+            else:
+                self._at_head(mark)
+            place["entered"] = False
+            self.epoch = index
+            self._ranges["epochs"] = {"index": index, "of": n, "rng": rng.capture()}
+            self._position.push("epochs")
+            try:
+                yield index
+            finally:
+                self._position.pop()
+        self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "rng": None}
+        self._at_head(mark)
+        self._position.end(mark, exhausted=True)
+
+    def steps(self, n: int) -> Iterator[int]:
+        """Yield the steps' indices 0 … n-1; the end of each turn is a step boundary.
+
+        A turn counts as one step of `global_step`, unless it calls `step` itself.
+        """
+        if self._position.inside == "steps":
+            raise RegisterError("run.steps() inside run.steps() cannot be resumed; use one range")
+        what, mark = self._position.begin("steps")
+        if what == "skip":
+            return
+        self._position.push("steps")
+        place = self._resume_range("steps", what)
+        try:
+            for index in range(place["index"], n):
+                self._ranges["steps"] = {"index": index, "of": n, "rng": None}
+                self._at_head(mark)
+                before = self.global_step
+                self._position.advance(mark)
+                yield index
+                if self.global_step == before:
+                    self.step()
+            self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "rng": None}
+            self._at_head(mark)
+        finally:
+            self._position.pop()
+        self._position.end(mark, exhausted=True)
+
+    def _resume_range(self, loop: str, what: str) -> dict[str, Any]:
+        """Return where a range starts; arrive where the checkpoint was taken at its head."""
+        place: dict[str, Any] = {"index": 0, "entered": False}
+        if what == "resume":
+            assert self._saved is not None
+            saved = self._saved["ranges"][loop]
+            place = {**saved, "entered": saved["rng"] is not None}
+            if self._position.owns(loop):
+                self._position.arrive()
+                place["entered"] = False
+        return place
+
+    def step(self, **metrics: Any) -> None:
+        """One optimization step is done: log its metrics; a step boundary.
+
+        Args:
+            metrics: numbers or tensors; a device tensor is read later, without waiting for it here.
+
+        Raises:
+            CheckpointError: a checkpoint that is due cannot be written.
+        """
+        if not self._position.boundary():
+            return
+        self.global_step += 1
+        if metrics:
+            self._metrics.add(self.global_step, metrics)
+        if self._watch.pending or self.global_step >= self._next:
+            self._consider()
+
+    def poll(self) -> None:
+        """A boundary that counts no step, for long evaluation loops."""
+        if self._position.boundary() and self._watch.pending:
+            self._consider()
+
+    def save(self) -> None:
+        """Take a checkpoint at this boundary; all ranks call it."""
+        if not self._position.walking:
+            self._wish(Wish("save", "requested"))
+
+    def log(self, **metrics: Any) -> None:
+        """Log metrics at the present step."""
+        if not self._position.walking:
+            self._metrics.add(self.global_step, metrics)
+
+    # ---- boundaries ----------------------------------------------------------------------------
+
+    def _consider(self) -> None:
+        """Something may be due at this boundary."""
+        if self._ended is not None:
+            raise SegmentEnd(self._ended)  # the function caught the first one
+        if self.global_step >= self._next:
+            if self.global_step in self._setting.allocation.interrupt_at:
+                self._due = Wish("stop", "interrupt")
+            elif self._due is None:
+                self._due = Wish("save", "periodic")
+            self._next = self._next_due()
+        if self._watch.pending:
+            wish = self._watch.decide(self._position.boundaries)
+            if wish is not None and (self._due is None or self._due.kind == "save"):
+                self._due = wish
+        if self._due is not None:
+            self._wish(self._due)
+
+    def _next_due(self) -> int:
+        """The next global step at which something is due, known without asking anybody."""
+        steps = [step for step in self._setting.allocation.interrupt_at if step > self.global_step]
+        every = self._setting.save_every_steps
+        if every:
+            steps.append((self.global_step // every + 1) * every)
+        return min(steps, default=_NEVER)
+
+    def _wish(self, wish: Wish) -> None:
+        self._due = wish
+        if not self._position.has_head():
+            self._capture(None)
+
+    def _at_head(self, head: Pass) -> None:
+        """A loop asks for its next turn; the rest of the boundary's loop body has run."""
+        if self._due is not None and self._position.is_head(head):
+            self._capture(head)
+
+    def _capture(self, head: Pass | None) -> None:
+        """Take the checkpoint that is due; end the segment if that is what is due."""
+        wish = self._due
+        assert wish is not None
+        hindrance = self._position.hindrance(head)
+        if hindrance is not None:
+            if not self._deferred:
+                self._deferred = True
+                why = f"the loop over '{hindrance}' has handed out a batch that is still in use"
+                if self.is_main:
+                    journal.record(self._run, "deferred", step=self.global_step, reason=why)
+                    self._setting.say(f"a {wish.kind} ({wish.reason}) waits: {why}")
+            return
+        if head is None and self._position.inside is None and not self._warned and self.is_main:
+            self._warned = True
+            self._setting.say(
+                "warning: run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
+                "resume, everything before this boundary has to run again. Use run.epochs() or run.steps()"
+            )
+        self._due, self._deferred = None, False
+        here = (self._position.boundaries, head and head.loop)
+        if self._saved_at != here:
+            self._save(wish, self._tree(head and head.loop))
+            self._saved_at = here
+        if wish.kind == "stop":
+            self._ended = wish
+            self._watch.pending, self._next = True, 0  # a function that catches it gets it again
+            raise SegmentEnd(wish)
+
+    def _tree(self, owner: str | None) -> dict[str, Any]:
+        """This rank's state, ready to be written."""
+        ranges = {
+            loop: {**place, "rng": place["rng"] and rng.to_tensors(place["rng"])}
+            for loop, place in self._ranges.items()
+        }
+        return {
+            "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
+            "loaders": {name: chain.state_dict() for name, chain in self._loaders.items()},
+            "state": self.state,
+            "rng": rng.to_tensors(rng.capture()),
+            "position": self._position.capture(owner),
+            "ranges": ranges,
+            "global_step": self.global_step,
+            "epoch": self.epoch,
+            "metrics": self._metrics.flush() if self.is_main else 0,
+        }
+
+    def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
+        setting, watch = self._setting, self._watch
+        if not setting.may_write():
+            raise ChainrunError(
+                f"another segment has taken over {self.dir}: this one ends without writing, so that only one does"
+            )
+        about = {
+            "run": self.id,
+            "epoch": self.epoch,
+            "segment": self.segment,
+            "reason": wish.reason,
+            "pace": vars(watch.pace),
+            "environment": setting.environment,
+            **about,
+        }
+        try:
+            path, seconds = writer.save(self._store, setting.group, self.global_step, tree, about)
+        except CheckpointError as error:
+            if wish.kind == "stop":
+                raise
+            # older checkpoints are untouched and the training is well: go on, say so, try again in time
+            watch.saved(watch.pace.save_seconds)
+            if self.is_main:
+                journal.record(self._run, "unsaved", step=self.global_step, reason=str(error))
+                setting.say(f"warning: {error}; the training goes on without it")
+            return
+        watch.saved(seconds)
+        if self.is_main:
+            journal.record(
+                self._run,
+                "checkpoint",
+                segment=self.segment,
+                step=self.global_step,
+                path=path.name,
+                bytes=sum(file.stat().st_size for file in path.iterdir()),
+                seconds=round(seconds, 3),
+                reason=wish.reason,
+            )
+            for _ in self._store.retire(setting.keep, setting.keep_every):
+                pass
+
+    def _guess_save_seconds(self) -> float:
+        """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
+        return 0.5 + self._size / 100e6
+
+    # ---- for the segment -----------------------------------------------------------------------
+
+    def _start(self) -> None:
+        self._watch.start()
+
+    def _finish(self, result: Any) -> None:
+        """The function has returned: keep what it trained."""
+        if self._position.walking:
+            raise RestoreError(
+                "the function returned before it came to the place where the checkpoint at step "
+                f"{self.global_step} was taken ({self._position.describe_target()}): its loops or its arguments "
+                "have changed; go back to the code that wrote the checkpoint, or start a new run"
+            )
+        self._save(Wish("stop", "end"), self._tree(None), ended=True, result=result)
+
+    def progress(self) -> dict[str, Any]:
+        """Return where the training is, for displays: ``step``, ``epoch``, ``fraction`` (or None), ``metrics``."""
+        fraction = None
+        if "steps" in self._ranges and self._ranges["steps"]["of"]:
+            place = self._ranges["steps"]
+            fraction = place["index"] / place["of"]
+        elif "epochs" in self._ranges and self._ranges["epochs"]["of"]:
+            place = self._ranges["epochs"]
+            within = max((chain.fraction() for chain in self._loaders.values()), default=0.0)
+            fraction = min(1.0, (place["index"] + within) / place["of"])
+        shown = {k: v for k, v in self._metrics.latest.items() if isinstance(v, float) and k != "step"}
+        return {
+            "step": self.global_step,
+            "epoch": self.epoch,
+            "fraction": fraction,
+            "metrics": dict(list(shown.items())[:3]),
+            "left": None if self.time_left() == float("inf") else round(self.time_left(), 1),
+        }
+
+    def _close(self) -> None:
+        self._watch.close()
+        self._metrics.flush()
+
+
+def _device(local_rank: int) -> torch.device:
+    """This rank's accelerator; where the scheduler shows each task only its own, that is the first."""
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return torch.device("cpu")
+    return torch.device(device.type, local_rank % torch.accelerator.device_count())

@@ -1,0 +1,272 @@
+"""When a segment saves and when it ends: signals, the clock, and one decision for all ranks.
+
+Signal handlers set a flag. A side thread, the `Watch`, looks at the flags, at the job's end and at the
+``STOP`` file, and raises `Watch.pending`; the training loop reads that at every boundary. Nothing else
+happens on the training path.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+TICK = 0.1  # seconds between two looks of the watch
+REREAD_END = 60.0  # seconds between two questions for the job's end: limits are changed while jobs run
+FAR = 90.0  # a warning signal that comes this long before the job's end is not the walltime's
+
+
+class Signals:
+    """Notes the scheduler's signals, in the process that installed it only."""
+
+    def __init__(self) -> None:
+        self.warned = False
+        self.terminated = False
+        self._pid = os.getpid()
+
+    def install(self) -> Signals:
+        """Take USR2 (walltime, preemption) and TERM (preemption, cancel) over from whoever had them."""
+        signal.signal(signal.SIGUSR2, self._note)
+        signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child inherits the handler, not the decision
+        if signum == signal.SIGTERM:
+            self.terminated = True
+        else:
+            self.warned = True
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to happen at a boundary, and why."""
+
+    kind: Literal["save", "stop"]
+    reason: str
+
+
+class SegmentEnd(BaseException):
+    """Unwinds the user's function at the boundary that ends the segment.
+
+    Not an `Exception`, so that ``except Exception`` in a training loop does not swallow it.
+    """
+
+    def __init__(self, wish: Wish) -> None:
+        super().__init__(f"the segment ends: {wish.reason}")
+        self.wish = wish
+
+
+class Agreement(Protocol):
+    """Lets the side threads of all ranks settle on one boundary."""
+
+    def ask(self, round_: int, wish: Wish) -> None: ...
+
+    def announced(self, round_: int) -> Wish | None: ...
+
+    def post(self, round_: int, boundary: int) -> None: ...
+
+    def posted(self, round_: int) -> int | None: ...
+
+
+@dataclass
+class Pace:
+    """What was learned of the training's rhythm; kept over the segments."""
+
+    longest_gap: float = 0.0
+    """Seconds between two boundaries, at most."""
+    save_seconds: float = 0.0
+    """Of the slowest recent save; 0 while none was made."""
+
+
+class Watch:
+    """The side thread of one rank.
+
+    Args:
+        signals: the flags of this process.
+        end: asks for the job's end in seconds since the epoch.
+        stop_file: its presence is a person's cancel.
+        every: seconds between two periodic saves, None for none.
+        lead: seconds before the job's end at which to stop, None to work it out from the pace.
+        passed: the number of boundaries this rank has passed.
+        beat: called about once a second, with a wish's kind or None.
+        agreement: None for a single rank.
+        wall, monotonic: the clocks.
+    """
+
+    def __init__(
+        self,
+        *,
+        signals: Signals,
+        end: Callable[[], float | None],
+        stop_file: Path,
+        every: float | None,
+        lead: float | None,
+        passed: Callable[[], int],
+        first_save: Callable[[], float],
+        beat: Callable[[], None],
+        agreement: Agreement | None,
+        leads: bool,
+        pace: Pace,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pending = False
+        """Something is due: the loop must call `decide` at its next boundary."""
+        self.pace = pace
+        self._signals, self._end_of_job, self._stop_file = signals, end, stop_file
+        self._every, self._lead, self._passed, self._first_save = every, lead, passed, first_save
+        self._beat, self._agreement, self._leads = beat, agreement, leads
+        self._wall, self._monotonic = wall, monotonic
+        self._over = threading.Event()
+        self._decided = threading.Event()
+        self._wish: Wish | None = None
+        self._at = 0
+        self._round = 0
+        self._asked = False
+        self._thread: threading.Thread | None = None
+        now = monotonic()
+        self._began = self._last_save = self._moved = self._beaten = now
+        self._seen = 0
+        self._end: float | None = None  # on the monotonic clock, which does not jump
+        self._end_read = -REREAD_END
+        self._stop_looked = 0.0
+        self._warned = False
+
+    def start(self) -> None:
+        self._read_end()
+        self._thread = threading.Thread(target=self._run, name="chainrun-watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    # ---- the training thread -------------------------------------------------------------------
+
+    def decide(self, boundary: int) -> Wish | None:
+        """Return what is due at this boundary; may wait for the other ranks' side threads."""
+        if self._agreement is not None:
+            self._decided.wait()
+            if boundary < self._at:
+                return None
+        wish = self._wish
+        self._decided.clear()
+        self._wish, self._asked = None, False
+        self._round += 1
+        self.pending = False
+        return wish
+
+    def saved(self, seconds: float) -> None:
+        """A save has been made."""
+        self._last_save = self._moved = self._monotonic()
+        self.pace.save_seconds = max(seconds, 0.8 * self.pace.save_seconds)
+
+    def time_left(self) -> float:
+        """Seconds until the job is killed; infinite where it has no limit."""
+        return float("inf") if self._end is None else self._end - self._monotonic()
+
+    def lead(self) -> float:
+        """Seconds before the job's end at which the segment stops."""
+        if self._lead is not None:
+            return self._lead
+        limit = float("inf") if self._end is None else self._end - self._began
+        save = self.pace.save_seconds or self._first_save()
+        margin = min(15.0, max(1.0, 0.02 * limit))
+        return min(1.5 * self.pace.longest_gap + 1.5 * save + margin, max(0.25 * limit, margin))
+
+    # ---- the side thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._over.wait(TICK):
+            self._observe()
+            wish = self._local_wish()
+            if self._agreement is None:
+                if wish and not self.pending:
+                    self._wish = wish
+                    self.pending = True
+            else:
+                self._settle(self._agreement, wish)
+
+    def _observe(self) -> None:
+        now = self._monotonic()
+        if now - self._end_read >= REREAD_END or (self._signals.warned and not self._warned):
+            self._warned = self._signals.warned
+            self._read_end()
+        passed = self._passed()
+        if passed != self._seen:
+            if self._seen:  # what comes before the first boundary is warm-up, not a gap
+                self.pace.longest_gap = max(self.pace.longest_gap, now - self._moved)
+            self._seen, self._moved = passed, now
+        if now - self._beaten >= 1.0:
+            self._beaten = now
+            self._beat()
+
+    def _read_end(self) -> None:
+        now = self._monotonic()
+        self._end_read = now
+        end = self._end_of_job()
+        self._end = None if end is None else now + (end - self._wall())
+
+    def _local_wish(self) -> Wish | None:
+        now = self._monotonic()
+        if self._signals.terminated:
+            return Wish("stop", "terminated")
+        if now - self._stop_looked >= 1.0:
+            self._stop_looked = now
+            if self._stop_file.exists():
+                return Wish("stop", "cancelled")
+        left = self.time_left()
+        if left <= self.lead():
+            return Wish("stop", "walltime")
+        # The walltime's own warning comes up to a minute early and only once: the clock decides then.
+        if self._signals.warned and left > FAR + self.lead():
+            return Wish("stop", "signal")
+        if self._leads and self._every is not None and now - self._last_save >= self._every:
+            return Wish("save", "periodic")
+        return None
+
+    def _settle(self, agreement: Agreement, wish: Wish | None) -> None:
+        """One look at the round of the agreement that is under way.
+
+        Every rank raises `pending` before it posts the boundaries it has passed, so the boundary settled
+        on, one after the furthest, is one that every rank will still come to.
+        """
+        if self._decided.is_set():
+            return
+        if wish and not self._asked:
+            self._asked = True
+            agreement.ask(self._round, wish)
+        if self._wish is None:
+            announced = agreement.announced(self._round)
+            if announced is None:
+                return
+            self.pending = True
+            self._wish = announced
+            agreement.post(self._round, self._passed())
+        furthest = agreement.posted(self._round)
+        if furthest is not None:
+            self._at = furthest + 1
+            self._decided.set()
+
+
+def alone(beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Return the arguments of a `Watch` that only a cancel can wake: for a `Run` made by hand."""
+    return {
+        "signals": Signals(),
+        "end": lambda: None,
+        "every": None,
+        "lead": None,
+        "beat": beat,
+        "agreement": None,
+        "leads": True,
+        "pace": Pace(),
+    }
