@@ -44,8 +44,12 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome) -> bool:
     described = experiment.load(run.experiment)
     if outcome.reason == "cancelled" or run.stop.exists():
         return _refuse(run, "the run was cancelled")
-    if outcome.reason == "terminated" and slurm.is_cancelled(allocation.job):
+    fate = slurm.fate(allocation.job, allocation.restart)
+    if fate == "cancelled":  # scontrol requeue would bring the job back to life
         return _refuse(run, "the job was cancelled with scancel")
+    if fate == "requeued":
+        journal.record(run, "handoff", how="requeued by SLURM", job=allocation.job)
+        return True
     why = breaker(run, described.chain)
     if why is not None:
         return _refuse(run, why)

@@ -120,6 +120,18 @@ def cancel(job: str) -> Answer:
     return ask("scancel", job)
 
 
-def is_cancelled(job: str) -> bool:
-    """Whether a person has cancelled the job that is still running us."""
-    return job_record(job).get("JobState", "").startswith("CANCELLED")
+def fate(job: str, restart: int) -> str | None:
+    """Return what SLURM has decided about the job that runs us: ``cancelled``, ``requeued``, or None.
+
+    While a job is dying its base state is hidden: squeue and scontrol say COMPLETING for a cancel, a requeue
+    and a reached limit alike (measured on 22.05.8). They differ in Reason and in the count of restarts.
+    """
+    record = job_record(job)
+    state = record.get("JobState", "")
+    if state.startswith("CANCELLED"):
+        return "cancelled"
+    if int(record.get("Restarts", restart)) > restart:
+        return "requeued"
+    if state == "COMPLETING" and record.get("Reason") != "TimeLimit":
+        return "cancelled"
+    return None

@@ -85,14 +85,24 @@ def warning(described: Experiment) -> int:
     return int(min(MOST_LEAD, max(LEAST_LEAD, 0.05 * (described.slurm.time or 0.0))))
 
 
-def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any:
-    import submitit
+def check(described: Experiment) -> None:
+    """Check what only a submission to SLURM needs.
 
-    options = described.slurm
-    if options.time is None:
+    Raises:
+        ExperimentError: the time limit is missing, or the handoff is one that does not exist yet.
+    """
+    if described.slurm.time is None:
         raise ExperimentError("slurm.time is missing: how long may one job run? For example slurm.time=4h")
     if described.chain.handoff == "ahead":
         raise ExperimentError("chain.handoff: 'ahead' is not available yet; use auto, requeue or resubmit")
+
+
+def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any:
+    import submitit
+
+    check(described)
+    options = described.slurm
+    assert options.time is not None
     parameters: dict[str, Any] = {
         "job_name": described.name,
         "time": int(options.time // 60),

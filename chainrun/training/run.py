@@ -511,6 +511,8 @@ class Run:
 
     def _close(self) -> None:
         self._watch.close()
+        for chain in self._loaders.values():
+            chain.close()
         self._metrics.flush()
 
 

@@ -1,0 +1,152 @@
+"""The commands: arguments in, lines and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from chainrun import __version__, inspect_runs
+from chainrun.errors import EXIT_DONE, ChainrunError, UsageError
+
+EXAMPLES = """\
+examples:
+  chainrun run digits.yaml --walltime 20s      a chain on this machine, cut every 20 seconds
+  chainrun submit digits.yaml args.lr=0.1      a chain on SLURM
+  chainrun status runs                         where every run stands
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code: 0 done, 1 failed, 2 wrong input, 75 stopped, not handed over."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.command(options))
+    except ChainrunError as error:
+        print(f"chainrun: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # `chainrun logs … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="chainrun",
+        description="Chain SLURM jobs into one PyTorch training that goes on bit for bit.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"chainrun {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    submit = commands.add_parser("submit", help="submit an experiment to SLURM, or go on with its run")
+    _experiment(submit)
+    submit.add_argument("--dry-run", action="store_true", help="show the sbatch script, submit nothing")
+    submit.set_defaults(command=_submit)
+
+    run = commands.add_parser("run", help="the same chain on this machine")
+    _experiment(run)
+    run.add_argument("--walltime", metavar="20s", help="cut every segment after this time")
+    run.add_argument("--interrupt-at", metavar="7,14", help="cut at exactly these global steps")
+    run.set_defaults(command=_run)
+
+    status = commands.add_parser("status", help="where runs stand")
+    status.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs (default: runs)")
+    status.set_defaults(command=lambda o: inspect_runs.status(o.dirs or [Path("runs")]))
+
+    logs = commands.add_parser("logs", help="the output of all segments")
+    logs.add_argument("dir", type=Path, metavar="DIR")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows, over handoffs too")
+    logs.add_argument("--rank", type=int, default=0, metavar="N")
+    logs.set_defaults(command=lambda o: inspect_runs.logs(o.dir, o.rank, follow=o.follow))
+
+    show = commands.add_parser("show", help="a run's story, or what a checkpoint holds")
+    show.add_argument("path", type=Path, metavar="DIR|CHECKPOINT")
+    show.set_defaults(command=lambda o: inspect_runs.show(o.path))
+
+    cancel = commands.add_parser("cancel", help="save and end a run for good")
+    cancel.add_argument("dir", type=Path, metavar="DIR")
+    cancel.set_defaults(command=_cancel)
+
+    demo = commands.add_parser("demo", help="train the digits example in a chain and compare it, bit for bit")
+    demo.add_argument("--dir", type=Path, metavar="DIR", help="keep the two runs there")
+    demo.set_defaults(command=_demo)
+    return parser
+
+
+def _experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", type=Path, metavar="EXP", help="the experiment file")
+    parser.add_argument("overrides", nargs="*", metavar="k=v", help="for example args.lr=0.1 slurm.time=2h")
+    parser.add_argument("--override", action="store_true", help="go on although the experiment has changed")
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from chainrun import experiment
+    from chainrun.launch import slurm, submit
+
+    described = experiment.load(options.experiment, options.overrides)
+    base = options.experiment.absolute().parent
+    if options.dry_run:
+        from chainrun.rundir import RunDir
+
+        print(submit.script(RunDir(described.run_dir), described))
+        return EXIT_DONE
+    slurm.need()
+    submit.check(described)
+    run, how = submit.prepare(described, base, override=options.override)
+    if how == "done":
+        return _already_done(run.path)
+    job = submit.submit_job(run, described)
+    print(f"{'submitted' if how == 'new' else 'going on:'} job {job}, run {run.path}")
+    print(f"chainrun status {run.path}")
+    return EXIT_DONE
+
+
+def _run(options: argparse.Namespace) -> int:
+    from chainrun import experiment
+    from chainrun.launch import local, submit
+
+    extra = [] if options.walltime is None else [f"local.walltime={options.walltime}"]
+    described = experiment.load(options.experiment, [*options.overrides, *extra])
+    cuts = _steps(options.interrupt_at)
+    run, how = submit.prepare(described, options.experiment.absolute().parent, override=options.override)
+    if how == "done":
+        return _already_done(run.path)
+    code = local.run_chain(run, described, cuts)
+    if code == EXIT_DONE:
+        print(f"done: {run.path}")
+    return code
+
+
+def _steps(text: str | None) -> list[int]:
+    try:
+        steps = [int(part) for part in text.split(",")] if text else []
+    except ValueError:
+        steps = [0]
+    if any(step < 1 for step in steps):
+        raise UsageError(f"--interrupt-at {text}: give global steps from 1 on, separated by commas: 7,14")
+    return steps
+
+
+def _already_done(path: Path) -> int:
+    print(f"{path} is done; its result is in {path / 'result.json'}. Choose another name or dir for a new run")
+    return EXIT_DONE
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from chainrun.launch import cancel
+
+    return cancel.cancel(options.dir)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from chainrun import demo
+
+    return demo.demo(options.dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""End a run for good: the running segment saves and ends, no further one starts."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from chainrun import journal
+from chainrun.errors import EXIT_DONE
+from chainrun.launch import slurm
+from chainrun.launch.submit import jobs_of
+from chainrun.lock import holder
+from chainrun.rundir import open_run, write_durably
+
+PATIENCE = 60.0  # seconds that a running segment has to come to a boundary and save
+
+
+def cancel(path: Path) -> int:
+    """Cancel the run in a directory."""
+    run = open_run(path)
+    if run.done.exists():
+        print(f"{run.path} is done already")
+        return EXIT_DONE
+    write_durably(run.stop, b"")
+    journal.record(run, "cancel")
+    until = time.monotonic() + PATIENCE
+    while (held := holder(run)) and held["alive"] and time.monotonic() < until:
+        time.sleep(0.5)
+    for job in slurm.states(jobs_of(run)):
+        answer = slurm.cancel(job)
+        if not answer.ok:
+            print(f"job {job} could not be cancelled: {answer.text}; it will leave when it starts")
+    if held and held["alive"]:
+        print(f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; its job was cancelled")
+    newest = (journal.last(run, "checkpoint") or {}).get("step")
+    where = f"its newest checkpoint is of step {newest}" if newest else "it has no checkpoint"
+    print(f"{run.path} is cancelled; {where}; to go on after all: chainrun submit {run.experiment}")
+    return EXIT_DONE

@@ -1,0 +1,207 @@
+"""Chains on a real SLURM: real walltimes, real requeues, real cancels."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "programs"))
+import fingerprint
+
+pytestmark = pytest.mark.slurm
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+class Chain:
+    """One run, driven by the command line."""
+
+    def __init__(self, cluster, folder: Path, **keys) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.run = folder / "runs" / "chain"
+        self.trace = folder / "trace"
+        described = {
+            "name": "chain",
+            "function": f"{PROGRAMS / 'chained.py'}:train",
+            "dir": str(folder / "runs"),
+            **keys,
+        }
+        described["args"] = {"trace": str(self.trace), **described["args"]}
+        self.file = folder / "chain.yaml"
+        self.file.write_text(json.dumps(described))
+
+    def command(self, *words: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "chainrun", *words],
+            env=self.cluster.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self) -> str:
+        self.command("submit", str(self.file))
+        return self.events("submitted")[-1]["job"]
+
+    def events(self, *kinds: str) -> list[dict]:
+        journal = self.run / "journal.jsonl"
+        lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+        return [line for line in lines if not kinds or line["event"] in kinds]
+
+    def wait(self, condition, seconds: float, what: str) -> None:
+        until = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > until:
+                logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted(self.run.glob("jobs/*_log.*")))
+                pytest.fail(f"{what} did not happen within {seconds} s\n{self.events()}\n{logs}")
+            time.sleep(0.3)
+
+    def wait_done(self, seconds: float) -> None:
+        self.wait((self.run / "DONE").exists, seconds, "the end of the run")
+
+
+def plain(folder: Path, epochs: int, ranks: int = 1) -> Path:
+    """Run the plain program without interruption; return where its trace is."""
+    trace = folder / "plain"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    processes = []
+    for rank in range(ranks):
+        if ranks > 1:
+            environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+            environment |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+        command = [sys.executable, str(PROGRAMS / "plain.py"), str(trace), str(epochs)]
+        processes.append(subprocess.Popen(command, env=dict(environment)))
+    assert [process.wait(120) for process in processes] == [0] * ranks
+    return trace
+
+
+def assert_same(chain: Chain, reference: Path, ranks: int = 1) -> None:
+    for rank in range(ranks):
+        mine = fingerprint.read(chain.trace.with_suffix(f".{rank}"))
+        assert mine == fingerprint.read(reference.with_suffix(f".{rank}"))
+
+
+def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_program(slurm_cluster, tmp_path):
+    """Jobs with a one-minute limit are cut by it at least twice and requeued, and nothing shows in the bits."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = Chain(slurm_cluster, tmp_path / "one", args={"epochs": 10, "nap": 0.85}, slurm={"time": "1min"})
+    two = Chain(
+        slurm_cluster,
+        tmp_path / "two",
+        args={"epochs": 20, "nap": 0.8},
+        slurm={"time": "1min", "nodes": 2, "tasks_per_node": 1},
+    )
+    for chain in (one, two):
+        chain.submit()
+    references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
+    for chain in (one, two):
+        chain.wait_done(400)
+    for chain, reference, ranks in ((one, references[0], 1), (two, references[1], 2)):
+        assert_same(chain, reference, ranks)
+        segments = chain.events("segment")
+        assert len(segments) >= 3
+        assert [s["restart"] for s in segments] == list(range(len(segments)))
+        assert {s["world_size"] for s in segments} == {ranks}
+        assert {s["reason"] for s in chain.events("stop")} == {"walltime"}
+        assert {h["how"] for h in chain.events("handoff")} == {"requeue"}
+        metrics = [json.loads(line) for line in (chain.run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+        print("unused walltime:", [s["unused_seconds"] for s in chain.events("stop")])
+    log = one.command("logs", str(one.run))
+    assert "segment 1: fresh start" in log
+    assert "segment 3: resuming at step" in log
+    assert "done" in one.command("status", str(one.run))
+
+
+def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):
+    """A restart of a finished run does nothing and exits with 0."""
+    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 1}, slurm={"time": "5min"})
+    job = chain.submit()
+    chain.wait_done(60)
+    slurm_cluster.wait_job(job, {"COMPLETED"}, 30)
+    before = chain.events()
+    slurm_cluster.run("scontrol", "requeue", job)
+    slurm_cluster.wait_job(job, {"PENDING", "RUNNING"}, 30)
+    slurm_cluster.wait_job(job, {"COMPLETED"}, 60)
+    assert chain.events() == before
+    assert "is done" in chain.command("submit", str(chain.file))
+
+
+def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(slurm_cluster, tmp_path):
+    """A cancelled run is saved, not requeued; submitted again it ends as if nothing had happened."""
+    reference = plain(tmp_path, 5)
+    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 5, "nap": 0.25}, slurm={"time": "5min"})
+    job = chain.submit()
+    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
+    slurm_cluster.run("scancel", job)
+    slurm_cluster.wait_job(job, {"CANCELLED"}, 30)
+    time.sleep(8)  # longer than a requeue would take
+    assert slurm_cluster.job(job)["JobState"] == "CANCELLED"
+    assert chain.events("stop")[-1]["reason"] == "terminated"
+    assert "scancel" in chain.events("handoff")[-1]["refused"]
+
+    job = chain.submit()
+    chain.wait(lambda: len(chain.events("segment")) == 2, 60, "the second segment")
+    time.sleep(2)
+    assert "is cancelled" in chain.command("cancel", str(chain.run))
+    assert chain.events("stop")[-1]["reason"] == "cancelled"
+    assert "cancelled" in chain.command("status", str(chain.run))
+
+    chain.submit()
+    chain.wait_done(90)
+    assert_same(chain, reference)
+
+
+def test_a_function_that_raises_fails_the_run_with_its_traceback(slurm_cluster, tmp_path):
+    """The job fails, nothing is requeued, and the journal and the log hold the user's own frames."""
+    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 2, "fail_at": 3}, slurm={"time": "5min"})
+    job = chain.submit()
+    chain.wait((chain.run / "FAILED").exists, 60, "the failure")
+    slurm_cluster.wait_job(job, {"FAILED"}, 30)
+    failed = chain.events("failed")[-1]
+    assert failed["error"] == "ValueError: planted at step 3"
+    assert "chained.py" in failed["traceback"]
+    assert "planted at step 3" in chain.command("logs", str(chain.run))
+    assert "failed" in chain.command("status", str(chain.run))
+
+
+def test_a_chain_ends_when_a_limit_of_its_own_is_reached(slurm_cluster, tmp_path):
+    """With max_segments reached the run stops with a checkpoint, exit code 75, and the command that goes on."""
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 20, "nap": 0.3},
+        chain={"max_segments": 1},
+        slurm={"time": "5min"},
+    )
+    job = chain.submit()
+    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
+    slurm_cluster.run("scancel", "--signal=USR2", job)
+    slurm_cluster.wait_job(job, {"FAILED"}, 30)
+    assert slurm_cluster.job(job)["ExitCode"].startswith("75")
+    assert chain.events("stop")[-1]["reason"] == "signal"
+    assert "max_segments is 1" in chain.events("handoff")[-1]["refused"]
+    assert "to go on: chainrun submit" in chain.command("logs", str(chain.run))
+
+
+def test_dry_run_shows_the_script_with_every_option(slurm_cluster, tmp_path):
+    """What SLURM would be given can be read before it is given."""
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 1},
+        slurm={"time": "4h", "setup": ["module load x"], "extra": {"constraint": "a100"}},
+    )
+    text = chain.command("submit", str(chain.file), "--dry-run")
+    for line in ("--time=240", "--requeue", "--signal=USR2@120", "--constraint=a100", "module load x"):
+        assert line in text
+    assert not chain.run.exists()
