@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import multiprocessing
 import os
@@ -26,17 +27,15 @@ from chainrun.experiment import (
     ChainPolicy,
     Checkpoint,
     Experiment,
-    FunctionSource,
     Local,
     Slurm,
     Steps,
     diff,
-    find_function,
     from_dict,
     load,
-    load_function,
     to_yaml,
 )
+from chainrun.function import FunctionSource, check_arguments, find_function, load_function
 
 FULL = """\
 name: digits
@@ -220,8 +219,8 @@ def test_a_file_needs_nothing_but_a_function() -> None:
 
 def test_every_field_has_a_text_that_says_what_it_means() -> None:
     """The dataclasses are the documentation: below each field stands a string."""
-    source = Path(experiment.__file__).read_text().splitlines()
     for section in (Steps, Checkpoint, ChainPolicy, Slurm, Local, Experiment, FunctionSource):
+        source = Path(inspect.getfile(section)).read_text().splitlines()
         start = source.index(f"class {section.__name__}:")
         for one in dataclasses.fields(section):
             line = next(n for n in range(start, len(source)) if source[n].startswith(f"    {one.name}: "))
@@ -467,8 +466,8 @@ def test_an_sbatch_option_that_chainrun_sets_is_refused_with_the_key_to_use(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["exp.yaml: found nothing in it", "{name: ..., function: ..."]),
-        (b"# all comments\n", ["exp.yaml: found nothing in it"]),
+        (b"", ["exp.yaml: function: missing; allowed: path.py:function"]),
+        (b"# all comments\n", ["exp.yaml: function: missing"]),
         (b"- a\n- b\n", ["exp.yaml: found [a, b]", "allowed: {name: ..., function: ..."]),
         (b"train\n", ["exp.yaml: found train", "allowed: {name: ..., function: ..."]),
         (b"name: \xff\xfe\n", ["exp.yaml: found bytes that are not UTF-8 text, at 6"]),
@@ -486,9 +485,10 @@ def test_a_file_that_is_no_mapping_is_one_clear_error(content: bytes, words: lis
 def test_a_file_that_cannot_be_read_is_one_clear_error(folder: Path) -> None:
     """A missing file suggests the nearest one; a directory, and a file as a directory, are named."""
     write(SMALL, "digits.yaml")
-    assert message(load, "digit.yaml") == "digit.yaml: no such experiment file (did you mean 'digits.yaml'?)"
-    assert message(load, "nowhere/digits.yaml") == "nowhere/digits.yaml: no such experiment file"
-    assert "found a directory; allowed: an experiment file" in message(load, folder)
+    missing = "cannot be read: No such file or directory"
+    assert message(load, "digit.yaml") == f"digit.yaml: {missing} (did you mean 'digits.yaml'?)"
+    assert message(load, "nowhere/digits.yaml") == f"nowhere/digits.yaml: {missing}"
+    assert message(load, folder) == f"{folder}: cannot be read: Is a directory"
     assert "cannot be read: Not a directory" in message(load, "digits.yaml/x.yaml")
 
 
@@ -684,7 +684,7 @@ def test_differences_are_lines_that_a_person_reads() -> None:
         "slurm.time: 4h -> 1d 12h",
     ]
     assert diff(old, load(path, ["args={lr: 0.01}"])) == ["args.epochs: 20 -> not set"]
-    assert diff(old, load(path, ["args.m.x=1"])) == ["args.m.x: not set -> 1"]
+    assert diff(old, load(path, ["args.m.x=1"])) == ["args.m: not set -> {x: 1}"]
     assert diff(old, load(path, ["args.m={}"])) == ["args.m: not set -> {}"]
     assert diff(load(path, ["args="]), load(path, ["args={a: 1}"])) == ["args.a: not set -> 1"]
     assert diff(old, load(path, ["args.epochs='20'"])) == ["args.epochs: 20 -> '20'"]
@@ -806,6 +806,63 @@ def test_a_module_behind_a_broken_package_names_the_cause(monkeypatch: pytest.Mo
     assert "(RuntimeError: no GPU)" in message(find_function, "pkg.gone:train", Path())
 
 
+@pytest.mark.parametrize(
+    ("body", "args", "words"),
+    [
+        ("def train(run, lr, *, epochs): ...", "lr epochs lrr", ["args.lrr: unknown argument of train in ", "/digits.py (did you mean 'lr'?); allowed: lr, epochs"]),
+        ("def train(run, lr=1): ...", "run", ["args.run: unknown argument of train", "allowed: lr"]),
+        ("def train(run): ...", "lr", ["args.lr: unknown argument", "allowed: no arguments"]),
+        ("def train(run, *args): ...", "args", ["args.args: unknown argument"]),
+        ("def train(run, lr, epochs=3): ...", "epochs", ["args.lr: missing for train in ", "/digits.py; allowed: lr, epochs"]),
+        ("def train(run, *, epochs=3, lr): ...", "", ["args.lr: missing for train", "allowed: epochs, lr"]),
+        ("def train(run, lr, **more): ...", "lrr", ["args.lr: missing for train"]),
+        ("def train(run, lr, /): ...", "lr", ["function: found train in", "with (run, lr, /); allowed: one that can be called as train(run, **args)"]),
+        ("def train(): ...", "", ["function: found train in", "with ()"]),
+        ("def train(*, run): ...", "run", ["function: found train in", "with (*, run)"]),
+        ("if True:\n    def train(run): ...", "lr", ["args.lr: unknown argument"]),
+    ],
+)  # fmt: skip
+def test_arguments_that_do_not_fit_the_signature_are_refused(body: str, args: str, words: list[str]) -> None:
+    """A call that Python would refuse when the job starts is refused at submission, with what it takes."""
+    write(body, "digits.py")
+    error = message(check_arguments, find_function("digits.py:train", Path()), dict.fromkeys(args.split()))
+    for word in words:
+        assert word in error
+
+
+@pytest.mark.parametrize(
+    ("body", "args"),
+    [
+        ("def train(run, lr, epochs=3, *, seed=0): ...", "lr"),
+        ("def train(run, /, lr, *rest, seed): ...", "lr seed"),
+        ("def train(run=None, lr=1): ...", ""),
+        ("def train(*args, lr): ...", "lr"),
+        ("def train(*args, **more): ...", "anything"),
+        ("def train(run, lr, **more): ...", "lr anything"),
+        ("@print\ndef train(): ...", "lr"),
+        ("async def train(): ...", "lr"),
+        ("class train: ...", "lr"),
+        ("train = print", "lr"),
+        ("from os import remove as train", "lr"),
+        ("from os.path import *", "lr"),
+        ("def train(): ...\ntrain = print", "lr"),
+        ("try:\n    def train(run, lr): ...\nfinally:\n    def train(run): ...", ""),
+    ],
+)
+def test_arguments_that_fit_and_signatures_that_the_file_does_not_show_pass(body: str, args: str) -> None:
+    """What is decorated, imported, a class or bound twice is left to Python, rather than refused wrongly."""
+    write(body, "digits.py")
+    check_arguments(find_function("digits.py:train", Path()), dict.fromkeys(args.split()))
+
+
+def test_arguments_of_a_module_are_checked_where_it_has_a_file() -> None:
+    """`package.module:function` is checked in the same way; what is compiled shows no signature."""
+    write("def train(run): ...\n", "pkg_args/digits.py")
+    source = find_function("pkg_args.digits:train", Path())
+    assert "args.lr: unknown argument" in message(check_arguments, source, {"lr": 1})
+    check_arguments(find_function("math:sqrt", Path()), {"lr": 1})
+
+
 def test_a_function_is_loaded_with_its_neighbours(folder: Path) -> None:
     """The folder of the file is first on sys.path, once, and the module keeps its identity."""
     write("value = 3\n", "project/helper_of_digits.py")
@@ -886,7 +943,8 @@ def test_looking_at_an_experiment_imports_nothing_heavy() -> None:
     write(FULL)
     code = """
         import sys
-        from chainrun.experiment import load, find_function
+        from chainrun.experiment import load
+        from chainrun.function import find_function
         find_function(load("exp.yaml"), ".")
         print(*sorted(m for m in sys.modules if m.split(".")[0] in ("torch", "numpy", "submitit", "chainrun")))
         """
@@ -900,4 +958,6 @@ def test_looking_at_an_experiment_imports_nothing_heavy() -> None:
         "chainrun.durations",
         "chainrun.errors",
         "chainrun.experiment",
+        "chainrun.function",
+        "chainrun.yamlfile",
     }
