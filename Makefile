@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check format setup slurm clean
+
+demo: setup            ## train the digits example as a chain and compare it bit for bit
+	$(BIN)/chainrun demo
+
+test: setup slurm      ## all tests; those that need SLURM are skipped where it cannot be installed
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+check: setup           ## format, lint, strict types, layer contracts
+	$(BIN)/ruff format --check . slurm/cluster
+	$(BIN)/ruff check . slurm/cluster
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+format: setup
+	$(BIN)/ruff format . slurm/cluster
+	$(BIN)/ruff check --fix . slurm/cluster
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# A real SLURM for the tests, from the system's packages; gcc builds the tests' clock shim (slurm/README.md).
+slurm:
+	@if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v gcc >/dev/null; then :; \
+	elif ! command -v apt-get >/dev/null; then echo "no apt-get here: the tests that need SLURM are skipped"; \
+	elif [ "$$(id -u)" = 0 ]; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge gcc libc6-dev >/dev/null; \
+	else \
+	  sudo -n apt-get update -qq && sudo -n apt-get install -qq -y --no-install-recommends slurm-wlm munge gcc libc6-dev >/dev/null || \
+	  echo "slurm-wlm and munge could not be installed: the tests that need SLURM are skipped"; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,114 @@
+"""`chainrun demo`: a chain and an uninterrupted run of the same training, compared bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chainrun import experiment, journal
+from chainrun.checkpoint.store import Committed, Store
+from chainrun.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from chainrun.launch import local, submit
+from chainrun.rundir import RunDir
+
+WALLTIME = "8s"
+
+
+def _example() -> Path:
+    """The digits example, in an installed package or beside a source checkout."""
+    here = Path(__file__).parent
+    for folder in (here / "_examples", here.parent / "examples"):
+        if (folder / "digits.yaml").exists():
+            return folder / "digits.yaml"
+    raise UsageError("the digits example is not installed; run `chainrun run examples/digits.yaml` from a checkout")
+
+
+def demo(folder: Path | None) -> int:
+    """Train the digits example in a chain and in one piece; compare all that each has in the end."""
+    try:
+        import sklearn  # noqa: F401 the example's data set comes with it
+    except ImportError:
+        raise UsageError("the demo trains on scikit-learn's digits: pip install 'chainrun[examples]'") from None
+    folder = folder or Path(tempfile.mkdtemp(prefix="chainrun-demo-"))
+    print(f"1. The digits example as a chain, every job cut after {WALLTIME}:", flush=True)
+    chained, code = _train(folder, "chain", [f"local.walltime={WALLTIME}"])
+    if code:
+        return code
+    print("2. The same training without an interruption:", flush=True)
+    whole, code = _train(folder, "uninterrupted", [])
+    if code:
+        return code
+    segments = sum(1 for _ in journal.events(chained, "segment"))
+    print(f"3. Compared, after {segments} segments against 1:", flush=True)
+    differ = 0
+    for what, same, count in compare(_final(chained), _final(whole)):
+        print(f"   {what:<24} {count:>4} tensors and values   {'identical' if same else 'DIFFERENT'}")
+        differ += not same
+    print(f"   the runs are in {folder}")
+    if differ:
+        print("   The chain is not the uninterrupted training.")
+        return EXIT_FAILED
+    print("   Weights, optimizer and all random state are equal bit for bit.")
+    return EXIT_DONE
+
+
+def _train(folder: Path, name: str, overrides: list[str]) -> tuple[RunDir, int]:
+    example = _example()
+    described = experiment.load(example, [f"name={name}", f"dir={folder}", *overrides])
+    run, how = submit.prepare(described, example.parent)
+    return run, EXIT_DONE if how == "done" else local.run_chain(run, described, [])
+
+
+def _final(run: RunDir) -> Committed:
+    newest = Store(run).newest()
+    assert newest is not None
+    return newest
+
+
+def compare(a: Committed, b: Committed) -> Iterator[tuple[str, bool, int]]:
+    """Yield (what, whether identical, how many leaves) for each thing that two checkpoints hold."""
+    from chainrun.checkpoint import image
+    from chainrun.checkpoint.store import rank_file
+
+    for rank in range(a.manifest["world_size"]):
+        one, other = (image.read(c.path / rank_file(rank)) for c in (a, b))
+        parts: list[tuple[str, Any, Any]] = [
+            (name, one["objects"].get(name), other["objects"].get(name))
+            for name in {**one["objects"], **other["objects"]}
+        ]
+        parts += [(f"random state: {n}", one["rng"].get(n), other["rng"].get(n)) for n in one["rng"]]
+        parts += [(n, one[n], other[n]) for n in ("state", "global_step", "epoch")]
+        for name, mine, its in parts:
+            leaves = list(_leaves(mine))
+            yield name, _equal(leaves, list(_leaves(its))), len(leaves)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}")
+    elif isinstance(tree, (list, tuple)):
+        for index, value in enumerate(tree):
+            yield from _leaves(value, f"{path}[{index}]")
+    else:
+        yield path, tree
+
+
+def _equal(a: list[tuple[str, Any]], b: list[tuple[str, Any]]) -> bool:
+    import torch
+
+    if [path for path, _ in a] != [path for path, _ in b]:
+        return False
+    for (_, x), (_, y) in zip(a, b, strict=True):
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            if x.dtype != y.dtype or x.shape != y.shape:
+                return False
+            # the bytes, not the values: 0.0 == -0.0, and NaN != NaN
+            bits = (t.contiguous().flatten().view(torch.uint8) if t.numel() else t for t in (x, y))
+            if not torch.equal(*bits):
+                return False
+        elif x != y:
+            return False
+    return True
