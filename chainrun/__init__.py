@@ -10,20 +10,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chainrun.checkpoint.public import Checkpoint
+    from chainrun.launch.chain import Chain
+    from chainrun.launch.chain import run_chain as run
+    from chainrun.launch.chain import submit_chain as submit
     from chainrun.training.data import DataLoader
     from chainrun.training.run import Run
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "DataLoader": "chainrun.training.data",
-    "Run": "chainrun.training.run",
+    "Chain": ("chainrun.launch.chain", "Chain"),
+    "Checkpoint": ("chainrun.checkpoint.public", "Checkpoint"),
+    "DataLoader": ("chainrun.training.data", "DataLoader"),
+    "Run": ("chainrun.training.run", "Run"),
+    "run": ("chainrun.launch.chain", "run_chain"),
+    "submit": ("chainrun.launch.chain", "submit_chain"),
 }
 
-__all__ = ["DataLoader", "Run", "__version__"]
+__all__ = ["Chain", "Checkpoint", "DataLoader", "Run", "__version__", "run", "submit"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'chainrun' has no attribute '{name}'; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    module, attribute = _HOME[name]
+    return getattr(importlib.import_module(module), attribute)

@@ -23,7 +23,9 @@ def _runs(paths: list[Path]) -> Iterator[RunDir]:
         elif path.is_dir():
             found = sorted(p.parent for p in path.glob("*/experiment.yaml"))
             if not found:
-                raise UsageError(f"there is no run in {path}; `chainrun run` and `submit` make one (dir: {path})")
+                raise UsageError(
+                    f"there is no run in {path}; `chainrun run` and `submit` make one (dir: {path})"
+                )
             yield from (open_run(p) for p in found)
         else:
             raise UsageError(f"{path} does not exist; give a run directory, or a folder that holds some")
@@ -77,7 +79,7 @@ def status(paths: list[Path]) -> int:
     for run in runs:
         state, remark = _state(run, queue)
         held = holder(run) or {}
-        newest = (Store(run).committed() or [None])[0]
+        newest = next(iter(Store(run).committed()), None)
         steps = max(held.get("step", 0), newest.step if newest else 0)
         fraction = 1.0 if state == "done" else held.get("fraction")
         shown = f"{steps}" + (f" ({fraction:.0%})" if fraction is not None else "")
@@ -88,7 +90,11 @@ def status(paths: list[Path]) -> int:
         rows.append((run.path.name, state, shown, str(segments), saved, remark))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip())
+        print(
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]
+            ).rstrip()
+        )
     return EXIT_DONE
 
 
@@ -112,7 +118,9 @@ def logs(path: Path, rank: int, *, follow: bool) -> int:
             break
         time.sleep(0.5)
     if not seen:
-        raise UsageError(f"{path} has no log of rank {rank} yet; its first job has not started, or has fewer ranks")
+        raise UsageError(
+            f"{path} has no log of rank {rank} yet; its first job has not started, or has fewer ranks"
+        )
     return EXIT_DONE
 
 

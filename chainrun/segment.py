@@ -239,6 +239,6 @@ def _environment(allocation: Allocation) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         facts["cuda"] = torch.version.cuda
-        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         facts["gpu"] = torch.cuda.get_device_name(0)
     return facts

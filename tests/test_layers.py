@@ -13,7 +13,20 @@ PACKAGE = Path(__file__).parent.parent / "chainrun"
 
 # lowest first; a file belongs to the layer whose pattern it matches
 LAYERS = [
-    ("base", ["errors", "durations", "yamlfile", "experiment", "function", "rundir", "journal", "lock", "allocation"]),
+    (
+        "base",
+        [
+            "errors",
+            "durations",
+            "yamlfile",
+            "experiment",
+            "function",
+            "rundir",
+            "journal",
+            "lock",
+            "allocation",
+        ],
+    ),
     ("checkpoint", ["checkpoint.*"]),
     ("training", ["training.*"]),
     ("segment", ["segment"]),

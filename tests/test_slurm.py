@@ -60,7 +60,9 @@ class Chain:
         until = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > until:
-                logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted(self.run.glob("jobs/*_log.*")))
+                logs = "\n".join(
+                    f"== {p.name}\n{p.read_text()}" for p in sorted(self.run.glob("jobs/*_log.*"))
+                )
                 pytest.fail(f"{what} did not happen within {seconds} s\n{self.events()}\n{logs}")
             time.sleep(0.3)
 

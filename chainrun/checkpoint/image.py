@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import xxhash
@@ -43,7 +43,7 @@ def write(path: Path, tree: Any) -> tuple[int, str]:
     try:
         with open(path, "wb") as file:
             hashing = _Hashing(file)
-            torch.save(tree, hashing)
+            torch.save(tree, cast(BinaryIO, hashing))
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:

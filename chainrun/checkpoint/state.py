@@ -44,7 +44,9 @@ class _Module:
     def load_state_dict(self, state: Any) -> None:
         differences = list(_differences(self._module.state_dict(), state))
         if differences:
-            shown = "; ".join(differences[:5]) + (f"; and {len(differences) - 5} more" * (len(differences) > 5))
+            shown = "; ".join(differences[:5]) + (
+                f"; and {len(differences) - 5} more" * (len(differences) > 5)
+            )
             raise RestoreError(
                 f"the module '{self._name}' is not the one that was saved: {shown}. Nothing was restored; "
                 "build it as it was, or start a new run"
@@ -61,7 +63,7 @@ def _differences(mine: Any, saved: Any) -> Iterator[str]:
         a, b = mine[key], saved[key]
         if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
             continue
-        if isinstance(a, torch.nn.parameter.UninitializedTensorMixin):
+        if torch.nn.parameter.is_lazy(a):
             continue
         if a.shape != b.shape:
             yield f"{key} has shape {tuple(a.shape)}, in the checkpoint {tuple(b.shape)}"
@@ -87,7 +89,9 @@ class _Optimizer:
         try:
             optimizer.load_state_dict(copy.deepcopy(state))
         except (ValueError, KeyError) as error:
-            raise RestoreError(f"the optimizer '{self._name}' is not the one that was saved: {error}") from error
+            raise RestoreError(
+                f"the optimizer '{self._name}' is not the one that was saved: {error}"
+            ) from error
         for group, saved_group in zip(optimizer.param_groups, state["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved_group["params"], strict=True):
                 for key, value in state["state"].get(index, {}).items():
@@ -156,7 +160,9 @@ def check(tree: Any, path: str) -> None:
     if isinstance(tree, dict):
         for key, value in tree.items():
             if type(key) not in _PLAIN and type(key) is not tuple:
-                raise CheckpointError(f"{path} has a key of type {type(key).__qualname__}; use str or int keys")
+                raise CheckpointError(
+                    f"{path} has a key of type {type(key).__qualname__}; use str or int keys"
+                )
             check(value, f"{path}.{key}")
     else:
         for index, value in enumerate(tree):

@@ -31,7 +31,9 @@ def cancel(path: Path) -> int:
         if not answer.ok:
             print(f"job {job} could not be cancelled: {answer.text}; it will leave when it starts")
     if held and held["alive"]:
-        print(f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; its job was cancelled")
+        print(
+            f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; its job was cancelled"
+        )
     newest = (journal.last(run, "checkpoint") or {}).get("step")
     where = f"its newest checkpoint is of step {newest}" if newest else "it has no checkpoint"
     print(f"{run.path} is cancelled; {where}; to go on after all: chainrun submit {run.experiment}")

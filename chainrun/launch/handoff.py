@@ -53,7 +53,9 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome) -> bool:
     why = breaker(run, described.chain)
     if why is not None:
         return _refuse(run, why)
-    ways = {"requeue": [_requeue], "resubmit": [_resubmit]}.get(described.chain.handoff, [_requeue, _resubmit])
+    ways = {"requeue": [_requeue], "resubmit": [_resubmit]}.get(
+        described.chain.handoff, [_requeue, _resubmit]
+    )
     for way in ways:
         problem = way(run, allocation, described)
         if problem is None:

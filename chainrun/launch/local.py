@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -98,7 +98,7 @@ def _start(run: RunDir, described: Experiment, interrupt_at: list[int]) -> Any:
     finally:
         signal.signal(signal.SIGINT, handler)
         del os.environ[LOCAL]
-    return job._process
+    return job._process  # type: ignore[attr-defined]
 
 
 def _gpus() -> list[int]:
@@ -133,7 +133,9 @@ def _watch(run: RunDir, process: Any, asked: _Asked, progress: Progress) -> int 
         return EXIT_DONE
     if run.failed.exists():
         print(f"chainrun: {run.failed.read_text().rstrip()}", file=sys.stderr)
-        print(f"chainrun: the run {run.path} has failed; `chainrun logs {run.path}` shows all", file=sys.stderr)
+        print(
+            f"chainrun: the run {run.path} has failed; `chainrun logs {run.path}` shows all", file=sys.stderr
+        )
         return EXIT_FAILED
     event = journal.last(run, "segment", "stop") or {}
     again = f"to go on: chainrun run {run.experiment}"
@@ -160,9 +162,5 @@ def _kill_tasks(controller: int) -> None:
     """Kill the ranks; submitit's controller then ends by itself."""
     held = Path(f"/proc/{controller}/task/{controller}/children")
     for pid in held.read_text().split() if held.exists() else []:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-
-

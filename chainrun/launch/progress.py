@@ -59,7 +59,9 @@ class Progress:
             return
         fraction = held["fraction"]
         values = " ".join(f"{name} {value:.4g}" for name, value in held["metrics"].items())
-        left = "" if held["left"] is None else f", {format_duration(round(max(0.0, held['left'])))} to walltime"
+        left = (
+            "" if held["left"] is None else f", {format_duration(round(max(0.0, held['left'])))} to walltime"
+        )
         text = f"segment {held['segment']}, step {held['step']}, epoch {held['epoch']}{left}  {values}"
         if self._bar is not None:
             if fraction is not None:
@@ -78,7 +80,11 @@ class Progress:
 def _tell(event: dict[str, Any]) -> str | None:
     kind = event["event"]
     if kind == "segment":
-        how = f"resumes at step {event['step']} from {event['checkpoint']}" if event["resumed"] else "fresh start"
+        how = (
+            f"resumes at step {event['step']} from {event['checkpoint']}"
+            if event["resumed"]
+            else "fresh start"
+        )
         return f"segment {event['segment']}: {how}"
     if kind == "stop":
         return f"segment {event['segment']} stops at step {event['step']}: {event['reason']}"

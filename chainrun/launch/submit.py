@@ -123,7 +123,9 @@ def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any
         },
     }
     executor = submitit.SlurmExecutor(folder=run.jobs, max_num_timeout=1_000_000)
-    executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None or key == "wckey"})
+    executor.update_parameters(
+        **{key: value for key, value in parameters.items() if value is not None or key == "wckey"}
+    )
     return executor
 
 

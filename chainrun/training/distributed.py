@@ -15,7 +15,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed's own, with types
 
 from chainrun.allocation import Allocation
 from chainrun.errors import ChainrunError
@@ -57,7 +57,7 @@ def connect(allocation: Allocation, run: RunDir) -> Control | None:
     meeting = run.rendezvous(allocation.job, allocation.restart)
     server = None
     if allocation.rank == 0:
-        server = dist.TCPStore(
+        server = TCPStore(
             "0.0.0.0" if allocation.local_world_size < allocation.world_size else "127.0.0.1",
             0,
             is_master=True,
@@ -93,9 +93,9 @@ class Control:
         self.rank, self.world_size = allocation.rank, allocation.world_size
         self._server = server  # kept alive: it serves as long as rank 0 lives
         self._main, self._side = (
-            dist.PrefixStore(
+            PrefixStore(
                 "chainrun",
-                dist.TCPStore(
+                TCPStore(
                     address,
                     port,
                     is_master=False,
@@ -145,11 +145,11 @@ class Control:
 
     def fail(self) -> None:
         """Tell the others not to wait for this rank."""
-        self._main.set(f"failed/{self.rank}", b"1")
+        self._main.set(f"failed/{self.rank}", "1")
 
     def returned(self) -> None:
         """Say that this rank's function has returned; come back when every rank's has."""
-        self._main.set(f"returned/{self.rank}", b"1")
+        self._main.set(f"returned/{self.rank}", "1")
         missing = set(range(self.world_size))
         while missing:
             for rank in range(self.world_size):
@@ -177,7 +177,7 @@ class Control:
         if self.rank == 0 and not self._side.check([key]):
             for kind in ("stop", "save"):
                 if self._side.check([f"ask/{round_}/{kind}"]):
-                    self._side.set(key, self._side.get(f"ask/{round_}/{kind}"))
+                    self._side.set(key, self._side.get(f"ask/{round_}/{kind}").decode())
                     break
         return Wish(**json.loads(self._side.get(key))) if self._side.check([key]) else None
 

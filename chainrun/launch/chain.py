@@ -1,0 +1,166 @@
+"""Chains from Python: `submit` to SLURM, `run` here, and a handle on either."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chainrun import experiment, journal
+from chainrun.checkpoint.store import Committed, Store
+from chainrun.durations import format_duration
+from chainrun.errors import ChainrunError, UsageError
+from chainrun.launch import cancel, local, slurm, submit
+from chainrun.lock import holder
+from chainrun.rundir import RunDir, read_json
+
+_GRACE = 30.0  # seconds that a job may be out of the queue without its end being written yet
+
+
+class ChainFailed(ChainrunError):
+    """The run failed, or stopped without anybody carrying it on."""
+
+
+class Chain:
+    """A handle on one run, whoever carries it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._run = RunDir(path)
+
+    @property
+    def state(self) -> str:
+        """``done``, ``failed``, ``cancelled``, ``running``, ``queued`` or ``stopped``."""
+        run = self._run
+        if run.done.exists():
+            return "done"
+        if run.failed.exists():
+            return "failed"
+        held = holder(run)
+        if held and held["alive"]:
+            return "running"
+        if run.stop.exists():
+            return "cancelled"
+        return "queued" if slurm.states(submit.jobs_of(run)) else "stopped"
+
+    @property
+    def checkpoints(self) -> list[Committed]:
+        """The committed checkpoints, newest first."""
+        return Store(self._run).committed()
+
+    def wait(self, timeout: float | None = None) -> str:
+        """Wait until nobody carries the run any more; return its state.
+
+        Args:
+            timeout: seconds, None to wait as long as it takes.
+
+        Raises:
+            TimeoutError: it is still being carried.
+        """
+        began = stopped = time.monotonic()
+        while True:
+            now, state = time.monotonic(), self.state
+            if state in ("done", "failed", "cancelled"):
+                return state
+            if state != "stopped":
+                stopped = now
+            elif now - stopped > _GRACE:
+                return state
+            if timeout is not None and now - began > timeout:
+                raise TimeoutError(f"{self.path} is {state} after {timeout} s")
+            time.sleep(0.5)
+
+    def result(self) -> Any:
+        """Wait for the run's end and return what the function returned.
+
+        Raises:
+            ChainFailed: the run failed, was cancelled, or stopped.
+        """
+        state = self.wait()
+        if state == "done":
+            return read_json(self._run.result)
+        why = (journal.last(self._run, "failed", "handoff", "cancel") or {}).get
+        raise ChainFailed(f"{self.path} is {state}: {why('error') or why('refused') or 'see chainrun logs'}")
+
+    def cancel(self) -> None:
+        """Save and end the run for good."""
+        cancel.cancel(self.path)
+
+
+def describe(
+    function: Callable[..., Any] | str,
+    *,
+    args: Mapping[str, Any] | None,
+    name: str | None,
+    **keys: Any,
+) -> tuple[experiment.Experiment, Path]:
+    """Return the experiment that a call from Python stands for, and the folder that its paths start from."""
+    if callable(function):
+        file = inspect.getsourcefile(function)
+        spec = getattr(function, "__qualname__", "")
+        if file is None or not Path(file).is_file() or "." in spec or not spec.isidentifier():
+            raise UsageError(
+                f"{function!r} cannot be found again by a job: give a function at the top level of a file"
+            )
+        function, name = f"{Path(file).absolute()}:{spec}", name or spec
+    data = {"name": name or function.rpartition(":")[2], "function": function, "args": dict(args or {}), **keys}
+    return experiment.from_dict(data, Path.cwd()), Path.cwd()
+
+
+def submit_chain(
+    function: Callable[..., Any] | str,
+    *,
+    args: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    override: bool = False,
+    **keys: Any,
+) -> Chain:
+    """Submit a training function to SLURM as a chain of jobs, or go on with its run.
+
+    Args:
+        function: at the top level of a file, or ``path.py:function``; called as ``function(run, **args)``.
+        args: plain values.
+        name: of the run; by default the function's.
+        override: go on with an existing run although the experiment has changed.
+        keys: the other keys of the experiment file: ``dir``, ``seed``, ``slurm={"time": "4h"}`` …
+
+    Raises:
+        UsageError: the input or SLURM refuses; nothing was submitted.
+    """
+    described, base = describe(function, args=args, name=name, **keys)
+    slurm.need()
+    submit.check(described)
+    run, how = submit.prepare(described, base, override=override)
+    if how != "done":
+        submit.submit_job(run, described)
+    return Chain(run.path)
+
+
+def run_chain(
+    function: Callable[..., Any] | str,
+    *,
+    args: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    walltime: float | None = None,
+    interrupt_at: Sequence[int] = (),
+    override: bool = False,
+    **keys: Any,
+) -> Chain:
+    """Run the same chain on this machine, to its end.
+
+    Args:
+        walltime: seconds after which every segment is cut, None for one uncut segment.
+        interrupt_at: global steps at which a segment is cut.
+
+    The other arguments are those of `submit_chain`.
+    """
+    if walltime is not None:
+        keys["local"] = {**keys.get("local", {}), "walltime": format_duration(walltime)}
+    described, base = describe(function, args=args, name=name, **keys)
+    run, how = submit.prepare(described, base, override=override)
+    if how != "done":
+        local.run_chain(run, described, list(interrupt_at), quiet=not sys.stderr.isatty())
+    return Chain(run.path)
