@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     status = commands.add_parser("status", help="where runs stand")
-    status.add_argument("dirs", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs (default: runs)")
+    status.add_argument(
+        "dirs", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs (default: runs)"
+    )
     status.set_defaults(command=lambda o: inspect_runs.status(o.dirs or [Path("runs")]))
 
     logs = commands.add_parser("logs", help="the output of all segments")
@@ -107,15 +109,16 @@ def _submit(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from chainrun import experiment
+    from chainrun.durations import parse_duration
     from chainrun.launch import local, submit
 
-    extra = [] if options.walltime is None else [f"local.walltime={options.walltime}"]
-    described = experiment.load(options.experiment, [*options.overrides, *extra])
+    described = experiment.load(options.experiment, options.overrides)
+    walltime = options.walltime and parse_duration(options.walltime, "--walltime")
     cuts = _steps(options.interrupt_at)
     run, how = submit.prepare(described, options.experiment.absolute().parent, override=options.override)
     if how == "done":
         return _already_done(run.path)
-    code = local.run_chain(run, described, cuts)
+    code = local.run_chain(run, described, cuts, walltime)
     if code == EXIT_DONE:
         print(f"done: {run.path}")
     return code
@@ -132,7 +135,9 @@ def _steps(text: str | None) -> list[int]:
 
 
 def _already_done(path: Path) -> int:
-    print(f"{path} is done; its result is in {path / 'result.json'}. Choose another name or dir for a new run")
+    print(
+        f"{path} is done; its result is in {path / 'result.json'}. Choose another name or dir for a new run"
+    )
     return EXIT_DONE
 
 

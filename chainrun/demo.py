@@ -13,7 +13,7 @@ from chainrun.errors import EXIT_DONE, EXIT_FAILED, UsageError
 from chainrun.launch import local, submit
 from chainrun.rundir import RunDir
 
-WALLTIME = "8s"
+WALLTIME = 8.0  # seconds
 
 
 def _example() -> Path:
@@ -22,7 +22,9 @@ def _example() -> Path:
     for folder in (here / "_examples", here.parent / "examples"):
         if (folder / "digits.yaml").exists():
             return folder / "digits.yaml"
-    raise UsageError("the digits example is not installed; run `chainrun run examples/digits.yaml` from a checkout")
+    raise UsageError(
+        "the digits example is not installed; run `chainrun run examples/digits.yaml` from a checkout"
+    )
 
 
 def demo(folder: Path | None) -> int:
@@ -30,14 +32,16 @@ def demo(folder: Path | None) -> int:
     try:
         import sklearn  # noqa: F401 the example's data set comes with it
     except ImportError:
-        raise UsageError("the demo trains on scikit-learn's digits: pip install 'chainrun[examples]'") from None
+        raise UsageError(
+            "the demo trains on scikit-learn's digits: pip install 'chainrun[examples]'"
+        ) from None
     folder = folder or Path(tempfile.mkdtemp(prefix="chainrun-demo-"))
-    print(f"1. The digits example as a chain, every job cut after {WALLTIME}:", flush=True)
-    chained, code = _train(folder, "chain", [f"local.walltime={WALLTIME}"])
+    print(f"1. The digits example as a chain, every job cut after {WALLTIME:.0f} s:", flush=True)
+    chained, code = _train(folder, "chain", WALLTIME)
     if code:
         return code
     print("2. The same training without an interruption:", flush=True)
-    whole, code = _train(folder, "uninterrupted", [])
+    whole, code = _train(folder, "uninterrupted", None)
     if code:
         return code
     segments = sum(1 for _ in journal.events(chained, "segment"))
@@ -54,11 +58,11 @@ def demo(folder: Path | None) -> int:
     return EXIT_DONE
 
 
-def _train(folder: Path, name: str, overrides: list[str]) -> tuple[RunDir, int]:
+def _train(folder: Path, name: str, walltime: float | None) -> tuple[RunDir, int]:
     example = _example()
-    described = experiment.load(example, [f"name={name}", f"dir={folder}", *overrides])
+    described = experiment.load(example, [f"name={name}", f"dir={folder}"])
     run, how = submit.prepare(described, example.parent)
-    return run, EXIT_DONE if how == "done" else local.run_chain(run, described, [])
+    return run, EXIT_DONE if how == "done" else local.run_chain(run, described, walltime=walltime)
 
 
 def _final(run: RunDir) -> Committed:

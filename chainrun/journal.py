@@ -5,11 +5,14 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 =============  =======================================================================================
 ``segment``    a segment starts: ``segment job restart host world_size resumed step checkpoint seconds``
 ``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds reason``
+``created``    the run directory is made: ``id``
+``submitted``  a job is submitted: ``job``
+``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
-``failed``     the user's function or chainrun failed: ``segment rank step error traceback``
+``failed``     the user's function or chainrun failed: ``segment rank step error traceback retry``
 ``done``       the function returned: ``segment step``
 ``cancel``     a person ended the chain
 ``continue``   a person let an ended chain go on: ``changes``

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import experiment, function, journal
 from chainrun.allocation import Allocation
 from chainrun.errors import ChainrunError
-from chainrun.lock import Lock
+from chainrun.lock import BEAT, Lock
 from chainrun.rundir import RunDir, write_durably
 from chainrun.training.stop import Pace, SegmentEnd, Signals
 
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Outcome:
     """How a segment ended."""
 
-    kind: Literal["done", "stopped", "failed", "idle"]
-    """``idle``: there was nothing to do, the run is done, failed or cancelled."""
+    kind: Literal["done", "stopped", "failed", "retry", "idle"]
+    """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
+    the run is done, failed or cancelled."""
     reason: str = ""
     step: int = 0
 
@@ -73,12 +74,16 @@ class _Segment:
         self._lock = Lock(run, allocation.job, allocation.restart)
         self._control: Any = None
         self._locked = False
+        self._retries = 0
+        self._failed = False
+        self._beaten = 0.0
         self.training: Run | None = None
         self.number = 0
 
     def carry(self) -> Outcome:
         run, allocation = self._run, self._allocation
         described = experiment.load(run.experiment)
+        self._retries = described.chain.retry_errors
         if allocation.rank == 0:
             taken_over = self._lock.acquire()
             self._locked = True
@@ -178,6 +183,7 @@ class _Segment:
 
     def fail(self, error: BaseException) -> Outcome:
         """Record why, where the next reader looks: the journal, FAILED and this rank's log."""
+        self._failed = True
         step = self.training.global_step if self.training else 0
         rank = self._allocation.rank
         if isinstance(error, ChainrunError):
@@ -188,29 +194,49 @@ class _Segment:
             message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         where = f"rank {rank} failed in segment {self.number} at step {step}: "
         say(where + text)
+        # an error of the user's function may be the machine's; what chainrun refuses, it refuses again
+        retry = not isinstance(error, ChainrunError) and _failures(self._run) < self._retries
         try:
-            fields = {"segment": self.number, "rank": rank, "step": step, "error": message, "traceback": text}
-            journal.record(self._run, "failed", **fields)
-            if not self._run.failed.exists():
+            journal.record(
+                self._run,
+                "failed",
+                segment=self.number,
+                rank=rank,
+                step=step,
+                error=message,
+                traceback=text,
+                retry=retry,
+            )
+            if not retry and not self._run.failed.exists():
                 write_durably(self._run.failed, (where + text).encode())
             if self._control is not None:
                 self._control.fail()
         except Exception as problem:
             say(f"that could not be recorded in {self._run.path}: {problem}")
-        return Outcome("failed", message, step)
+        return Outcome("retry" if retry else "failed", message, step)
 
     def _beat(self) -> None:
-        training = self.training
-        if self._locked and training is not None:
+        training, now = self.training, time.monotonic()
+        often = self._allocation.scheduler == "local"  # a shared filesystem is asked for less
+        if self._locked and training is not None and (often or now - self._beaten >= BEAT):
+            self._beaten = now
             self._lock.beat(segment=self.number, **training.progress())
 
     def close(self) -> None:
         if self.training is not None:
             self.training._close()
-        if self._control is not None:
+        if self._control is not None and not self._failed:
             self._control.leave()
         if self._locked:
             self._lock.release()
+
+
+def _failures(run: RunDir) -> int:
+    """Return how many segments have failed since a person last looked."""
+    failed: set[int] = set()
+    for event in journal.events(run, "failed", "continue"):
+        failed = failed | {event["segment"]} if event["event"] == "failed" else set()
+    return len(failed)
 
 
 def _plain(result: Any) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 
 from chainrun import experiment, journal
 from chainrun.checkpoint.store import Committed, Store
-from chainrun.durations import format_duration
 from chainrun.errors import ChainrunError, UsageError
 from chainrun.launch import cancel, local, slurm, submit
 from chainrun.lock import holder
@@ -157,10 +156,8 @@ def run_chain(
 
     The other arguments are those of `submit_chain`.
     """
-    if walltime is not None:
-        keys["local"] = {**keys.get("local", {}), "walltime": format_duration(walltime)}
     described, base = describe(function, args=args, name=name, **keys)
     run, how = submit.prepare(described, base, override=override)
     if how != "done":
-        local.run_chain(run, described, list(interrupt_at), quiet=not sys.stderr.isatty())
+        local.run_chain(run, described, interrupt_at, walltime, quiet=not sys.stderr.isatty())
     return Chain(run.path)

@@ -36,11 +36,12 @@ class Job:
         outcome = run_segment(run, allocation, signals)
         if outcome.kind == "failed":
             sys.exit(EXIT_FAILED)
-        if outcome.kind == "stopped":
-            if allocation.scheduler == "local":
-                return  # `chainrun run` waits for this and starts the next segment
-            if allocation.rank == 0 and not handoff.hand_over(run, allocation, outcome):
-                sys.exit(EXIT_STOPPED)
+        if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
+            # of a failed segment the rank that failed hands over: the others may wait for it for ever
+            hands_over = allocation.rank == 0 or outcome.kind == "retry"
+            if hands_over and not handoff.hand_over(run, allocation, outcome):
+                sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
+        # of a local chain `chainrun run` starts the next segment
 
     def checkpoint(self) -> Any:
         """Answer submitit's own handler in the seconds before ours are installed: start again as we are."""

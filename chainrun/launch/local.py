@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -52,27 +52,36 @@ def _interruptible() -> Iterator[_Asked]:
             signal.signal(signum, handler)
 
 
-def run_chain(run: RunDir, described: Experiment, interrupt_at: list[int], *, quiet: bool = False) -> int:
+def run_chain(
+    run: RunDir,
+    described: Experiment,
+    interrupt_at: Sequence[int] = (),
+    walltime: float | None = None,
+    *,
+    quiet: bool = False,
+) -> int:
     """Carry a run to its end on this machine; return the exit code.
 
     Args:
         interrupt_at: global steps at which a segment ends as if its walltime had come.
+        walltime: seconds that a segment may last, instead of the experiment's ``local.walltime``.
         quiet: print nothing but warnings and errors.
     """
     with _interruptible() as asked, Progress(run, quiet=quiet) as progress:
         while True:
-            process = _start(run, described, interrupt_at)
-            code = _watch(run, process, asked, progress)
+            process = _start(run, described, interrupt_at, walltime or described.local.walltime)
+            code = _watch(run, described, process, asked, progress)
             if code is not None:
                 return code
 
 
-def _start(run: RunDir, described: Experiment, interrupt_at: list[int]) -> Any:
+def _start(
+    run: RunDir, described: Experiment, interrupt_at: Sequence[int], walltime: float | None
+) -> Any:
     """Start one segment; return the process that controls its ranks."""
     import submitit
 
     local = described.local
-    walltime = local.walltime
     segment = 1 + sum(1 for _ in journal.events(run, "segment"))
     limit = _FOREVER if walltime is None else math.ceil(walltime)
     lead = local.lead if isinstance(local.lead, float) else max(1.0, 0.25 * limit)
@@ -87,7 +96,7 @@ def _start(run: RunDir, described: Experiment, interrupt_at: list[int]) -> Any:
     told = {
         "segment": segment,
         "end": None if walltime is None else time.time() + walltime,
-        "interrupt_at": interrupt_at,
+        "interrupt_at": list(interrupt_at),
     }
     os.environ[LOCAL] = json.dumps(told)
     os.environ.setdefault("PYTHONHASHSEED", "0")
@@ -109,12 +118,15 @@ def _gpus() -> list[int]:
     return sorted(int(p.name[6:]) for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
 
 
-def _watch(run: RunDir, process: Any, asked: _Asked, progress: Progress) -> int | None:
+def _watch(
+    run: RunDir, described: Experiment, process: Any, asked: _Asked, progress: Progress
+) -> int | None:
     """Wait for a segment's end; return the exit code, None where the next segment is to start."""
     told = 0
+    failures = sum(1 for _ in journal.events(run, "failed"))
     failed_at: float | None = None
     while process.poll() is None:
-        time.sleep(0.1)
+        time.sleep(0.2)
         progress.update()
         if asked.times > told:
             told = asked.times
@@ -123,7 +135,7 @@ def _watch(run: RunDir, process: Any, asked: _Asked, progress: Progress) -> int 
                 process.send_signal(signal.SIGTERM)  # submitit's controller passes it on to every rank
             else:
                 _kill_tasks(process.pid)
-        if run.failed.exists() and failed_at is None:
+        if failed_at is None and sum(1 for _ in journal.events(run, "failed")) > failures:
             failed_at = time.monotonic()
         if failed_at is not None and time.monotonic() - failed_at > _GRACE:
             _kill_tasks(process.pid)  # a rank that waits for the failed one
@@ -137,19 +149,17 @@ def _watch(run: RunDir, process: Any, asked: _Asked, progress: Progress) -> int 
             f"chainrun: the run {run.path} has failed; `chainrun logs {run.path}` shows all", file=sys.stderr
         )
         return EXIT_FAILED
-    event = journal.last(run, "segment", "stop") or {}
+    event = journal.last(run, "segment", "stop", "failed") or {}
     again = f"to go on: chainrun run {run.experiment}"
-    if event.get("event") != "stop":
+    if event.get("event") not in ("stop", "failed"):
         newest = (journal.last(run, "checkpoint") or {}).get("step")
         what = f"the newest checkpoint is of step {newest}" if newest else "no checkpoint had been written"
         progress.write(f"the segment was killed before it could save; {what}; {again}")
         return EXIT_FAILED
-    if asked.times or event["reason"] in ("cancelled", "terminated"):
+    if asked.times or event.get("reason") in ("cancelled", "terminated"):
         progress.write(f"stopped at step {event['step']} with a checkpoint; {again}")
         return EXIT_STOPPED
-    from chainrun import experiment
-
-    why = handoff.breaker(run, experiment.load(run.experiment).chain)
+    why = handoff.breaker(run, described.chain)
     if why is not None:
         journal.record(run, "handoff", how=None, refused=why)
         progress.write(f"the chain stops here: {why}; {again}")

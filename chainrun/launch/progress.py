@@ -88,6 +88,8 @@ def _tell(event: dict[str, Any]) -> str | None:
         return f"segment {event['segment']}: {how}"
     if kind == "stop":
         return f"segment {event['segment']} stops at step {event['step']}: {event['reason']}"
+    if kind == "failed" and event["retry"]:
+        return f"segment {event['segment']} failed at step {event['step']}, trying again: {event['error']}"
     if kind == "fallback":
         return f"checkpoint {event['path']} cannot be trusted: {event['reason']}"
     if kind == "unsaved":

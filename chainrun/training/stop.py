@@ -148,7 +148,7 @@ class Watch:
     def close(self) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=2)  # it may wait for an answer of SLURM's; it is a daemon
 
     # ---- the training thread -------------------------------------------------------------------
 
