@@ -9,6 +9,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``submitted``  a job is submitted: ``job``
 ``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``
+``drift``      the environment has changed since the checkpoint: ``segment changes``
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``

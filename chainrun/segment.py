@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 import time
 import traceback
@@ -95,7 +94,7 @@ class _Segment:
         import torch
 
         from chainrun.checkpoint.writer import Alone
-        from chainrun.training import distributed, rng
+        from chainrun.training import distributed, environment, rng
         from chainrun.training.run import Run, Setting
 
         if described.deterministic:
@@ -130,7 +129,9 @@ class _Segment:
                 "leads": allocation.rank == 0,
                 "pace": Pace(),
             },
-            environment=_environment(allocation) if allocation.rank == 0 else {},
+            environment=environment.facts(allocation, source.path.parent if source.path else run.path)
+            if allocation.rank == 0
+            else {},
             may_write=lambda: not self._locked or self._lock.held(),
             say=say if allocation.rank == 0 else lambda line: None,
         )
@@ -160,6 +161,13 @@ class _Segment:
                 say(
                     f"segment {self.number}: resuming at step {training.global_step} from {newest.path.name} "
                     f"(read and verified in {seconds:.2f} s)"
+                )
+            drift = environment.drift(newest.manifest["environment"], setting.environment) if newest else []
+            if drift:
+                journal.record(run, "drift", segment=self.number, changes=drift)
+                say(
+                    "warning: the results may differ from here on, the environment has changed: "
+                    + "; ".join(drift)
                 )
         if described.seed is not None:
             rng.seed_all(described.seed)
@@ -246,25 +254,3 @@ def _plain(result: Any) -> Any:
         return value.tolist() if hasattr(value, "tolist") else repr(value)
 
     return json.loads(json.dumps(result, default=convert, skipkeys=True))
-
-
-def _environment(allocation: Allocation) -> dict[str, Any]:
-    """What the bits of a training depend on besides its state."""
-    import numpy
-    import torch
-
-    facts: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "host": allocation.host,
-        "hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
-    }
-    if torch.cuda.is_available():
-        facts["cuda"] = torch.version.cuda
-        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        facts["gpu"] = torch.cuda.get_device_name(0)
-    return facts

@@ -105,7 +105,12 @@ def describe(
                 f"{function!r} cannot be found again by a job: give a function at the top level of a file"
             )
         function, name = f"{Path(file).absolute()}:{spec}", name or spec
-    data = {"name": name or function.rpartition(":")[2], "function": function, "args": dict(args or {}), **keys}
+    data = {
+        "name": name or function.rpartition(":")[2],
+        "function": function,
+        "args": dict(args or {}),
+        **keys,
+    }
     return experiment.from_dict(data, Path.cwd()), Path.cwd()
 
 

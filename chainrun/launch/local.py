@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from chainrun import journal
+from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from chainrun.experiment import Experiment
 from chainrun.launch import handoff
@@ -28,6 +29,7 @@ from chainrun.launch.progress import Progress
 from chainrun.rundir import RunDir
 
 _FOREVER = 10 * 365 * 24 * 3600.0
+_ENDS = ("stop", "failed")
 _GRACE = 20.0  # seconds for the other ranks to end after one has failed
 
 
@@ -75,9 +77,7 @@ def run_chain(
                 return code
 
 
-def _start(
-    run: RunDir, described: Experiment, interrupt_at: Sequence[int], walltime: float | None
-) -> Any:
+def _start(run: RunDir, described: Experiment, interrupt_at: Sequence[int], walltime: float | None) -> Any:
     """Start one segment; return the process that controls its ranks."""
     import submitit
 
@@ -118,25 +118,28 @@ def _gpus() -> list[int]:
     return sorted(int(p.name[6:]) for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
 
 
-def _watch(
-    run: RunDir, described: Experiment, process: Any, asked: _Asked, progress: Progress
-) -> int | None:
+def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, progress: Progress) -> int | None:
     """Wait for a segment's end; return the exit code, None where the next segment is to start."""
-    told = 0
-    failures = sum(1 for _ in journal.events(run, "failed"))
+    told, told_at = 0, 0.0
+    before = sum(1 for _ in journal.events(run, *_ENDS))
     failed_at: float | None = None
     while process.poll() is None:
         time.sleep(0.2)
         progress.update()
+        now = time.monotonic()
         if asked.times > told:
             told = asked.times
             if told == 1:
                 progress.write("saving a checkpoint, then stopping; once more to kill")
-                process.send_signal(signal.SIGTERM)  # submitit's controller passes it on to every rank
             else:
                 _kill_tasks(process.pid)
-        if failed_at is None and sum(1 for _ in journal.events(run, "failed")) > failures:
-            failed_at = time.monotonic()
+        if (
+            told and now - told_at >= 1.0
+        ):  # again and again: a rank that is just starting may not hear the first
+            told_at = now
+            process.send_signal(signal.SIGTERM)  # submitit's controller passes it on to every rank
+        if failed_at is None and any(e["event"] == "failed" for e in _ends(run, before)):
+            failed_at = now
         if failed_at is not None and time.monotonic() - failed_at > _GRACE:
             _kill_tasks(process.pid)  # a rank that waits for the failed one
     progress.update()
@@ -149,13 +152,16 @@ def _watch(
             f"chainrun: the run {run.path} has failed; `chainrun logs {run.path}` shows all", file=sys.stderr
         )
         return EXIT_FAILED
-    event = journal.last(run, "segment", "stop", "failed") or {}
     again = f"to go on: chainrun run {run.experiment}"
-    if event.get("event") not in ("stop", "failed"):
-        newest = (journal.last(run, "checkpoint") or {}).get("step")
-        what = f"the newest checkpoint is of step {newest}" if newest else "no checkpoint had been written"
-        progress.write(f"the segment was killed before it could save; {what}; {again}")
-        return EXIT_FAILED
+    event = next(iter(reversed(_ends(run, before))), None)
+    if event is None:
+        newest = next(iter(Store(run).committed()), None)
+        what = (
+            f"the newest checkpoint is of step {newest.step}" if newest else "no checkpoint had been written"
+        )
+        how = "cancelled" if run.stop.exists() else "stopped" if asked.times else None
+        progress.write(f"{how or 'the segment was killed'} before it could save; {what}; {again}")
+        return EXIT_STOPPED if how and newest else EXIT_FAILED
     if asked.times or event.get("reason") in ("cancelled", "terminated"):
         progress.write(f"stopped at step {event['step']} with a checkpoint; {again}")
         return EXIT_STOPPED
@@ -166,6 +172,11 @@ def _watch(
         return EXIT_STOPPED
     journal.record(run, "handoff", how="local")
     return None
+
+
+def _ends(run: RunDir, before: int) -> list[dict[str, Any]]:
+    """Return the ends of segments in the journal, without the first `before`, which are of older segments."""
+    return list(journal.events(run, *_ENDS))[before:]
 
 
 def _kill_tasks(controller: int) -> None:

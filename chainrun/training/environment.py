@@ -1,0 +1,75 @@
+"""What the bits of a training depend on besides its state: noted in every manifest, compared at a restore."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from chainrun.allocation import Allocation
+
+_ELSEWHERE = ("host",)  # noted for the reader; another node of the same kind computes the same
+
+
+def facts(allocation: Allocation, code: Path) -> dict[str, Any]:
+    """Return the facts by name, as plain data.
+
+    Args:
+        code: the folder of the user's function; its git commit and local changes are noted.
+    """
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "default_dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
+        "host": allocation.host,
+        **_git(code),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+        found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        found["gpu"] = torch.cuda.get_device_name(allocation.local_rank % torch.cuda.device_count())
+        found["cudnn_benchmark"] = torch.backends.cudnn.benchmark
+        found["cudnn_deterministic"] = torch.backends.cudnn.deterministic
+    return found
+
+
+def _git(code: Path) -> dict[str, str]:
+    """The commit of the user's code and a hash of its uncommitted changes, where it is in git at all."""
+
+    def ask(*words: str) -> bytes | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(code), *words], capture_output=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout
+
+    commit, changes = ask("rev-parse", "HEAD"), ask("diff", "HEAD")
+    if commit is None or changes is None:
+        return {}
+    digest = hashlib.sha256(changes).hexdigest()[:12] if changes else "none"
+    return {"git_commit": commit.decode().strip(), "git_changes": digest}
+
+
+def drift(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return what has changed since a checkpoint, as ``name: then -> now``; empty where nothing has."""
+    names = [name for name in {**then, **now} if name not in _ELSEWHERE]
+    return [
+        f"{name}: {then.get(name, 'not set')} -> {now.get(name, 'not set')}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
