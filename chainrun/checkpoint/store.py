@@ -1,12 +1,14 @@
 """The committed checkpoints of a run: newest, trusted, retired. What is not committed does not exist.
 
 A checkpoint is a directory with one file a rank and ``manifest.json``, which states each file's size and
-xxh3_128. It is written as ``step-….tmp``, the manifest last, and renamed when all of it is on disk. Loading,
-retention and status ask the same question of the same function: `Store.flaw`.
+xxh3_128, and its own. It is written as ``step-….tmp``, the manifest last, and renamed when all of it is on
+disk; to remove it, it is renamed back first. Loading, retention and status ask the same question of the same
+function: `Store.flaw`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -14,6 +16,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from chainrun.errors import CheckpointError
 from chainrun.rundir import RunDir, fsync_dir, parse_checkpoint, read_json
@@ -43,22 +47,45 @@ class Committed:
         return sum(int(file["size"]) for file in self.manifest["files"].values())
 
 
+def seal(manifest: dict[str, Any]) -> bytes:
+    """Return the text of a manifest, with its own hash in it."""
+    return json.dumps({**manifest, "xxh3_128": _digest(manifest)}, indent=1).encode()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "xxh3_128"}
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+
+def _read(path: Path) -> Committed | str:
+    """Return the checkpoint in a directory, or why there is none that could be read."""
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
+        return f"it holds no valid {MANIFEST}"
+    if manifest["format"] > FORMAT:
+        return (
+            f"it has format {manifest['format']}, this chainrun reads up to {FORMAT}: "
+            "use the chainrun that wrote it, or a newer one"
+        )
+    if manifest.get("xxh3_128") != _digest(manifest):
+        return f"the content of {MANIFEST} has changed since it was written"
+    return Committed(path, manifest)
+
+
 def read_committed(path: Path) -> Committed:
     """Return the checkpoint in a directory.
 
     Raises:
-        CheckpointError: it was not committed, or by a newer chainrun.
+        CheckpointError: it was not committed, its manifest is damaged, or a newer chainrun wrote it.
     """
-    manifest = read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or "files" not in manifest:
-        what = "does not exist" if not path.exists() else f"holds no valid {MANIFEST}: it was never committed"
-        raise CheckpointError(f"the checkpoint {path} {what}")
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"the checkpoint {path} has format {manifest['format']}, this chainrun reads up to {FORMAT}; "
-            "use the chainrun that wrote it, or a newer one"
-        )
-    return Committed(path, manifest)
+    found = _read(path)
+    if isinstance(found, Committed):
+        return found
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    if not (path / MANIFEST).exists():
+        found = f"it holds no {MANIFEST}: it was never committed"
+    raise CheckpointError(f"the checkpoint {path} cannot be used: {found}")
 
 
 def flaw(checkpoint: Committed, *, hashes: bool = True) -> str | None:
@@ -86,17 +113,17 @@ class Store:
         self._run = run
         self._trusted: set[Path] = set()  # verified, or written, by this process
 
+    def _directories(self) -> list[tuple[tuple[int, int], Path]]:
+        """Return ((step, repeat), directory) of all that bear a checkpoint's name, newest first."""
+        if not self._run.checkpoints.is_dir():
+            return []
+        paths = list(self._run.checkpoints.iterdir())
+        return sorted(((place, p) for p in paths if (place := parse_checkpoint(p.name))), reverse=True)
+
     def committed(self) -> list[Committed]:
-        """Return all committed checkpoints, newest first, whether or not they can be trusted."""
-        found = []
-        if self._run.checkpoints.is_dir():
-            for path in self._run.checkpoints.iterdir():
-                if parse_checkpoint(path.name):
-                    try:
-                        found.append(read_committed(path))
-                    except CheckpointError:
-                        continue
-        return sorted(found, key=lambda c: parse_checkpoint(c.path.name) or (0, 0), reverse=True)
+        """Return the committed checkpoints, newest first, whether or not their files can be trusted."""
+        found = (_read(path) for _, path in self._directories())
+        return [one for one in found if isinstance(one, Committed)]
 
     def flaw(self, checkpoint: Committed) -> str | None:
         """Return why a checkpoint cannot be trusted; asked once a process, the answer is kept if good."""
@@ -116,32 +143,36 @@ class Store:
         Args:
             on_flaw: told of each newer one that cannot, and why.
         """
-        for checkpoint in self.committed():
-            why = self.flaw(checkpoint)
-            if why is None:
-                return checkpoint
+        for _, path in self._directories():
+            found = _read(path)
+            if isinstance(found, Committed):
+                checkpoint, why = found, self.flaw(found)
+                if why is None:
+                    return checkpoint
+            elif (path / MANIFEST).exists():
+                checkpoint, why = Committed(path, {}), found
+            else:
+                continue  # never committed: it does not exist
             on_flaw(checkpoint, why)
         return None
 
     def path_for(self, step: int) -> Path:
-        """Return a free name for a checkpoint at `step`."""
-        repeat = 0
-        while (path := self._run.checkpoint(step, repeat)).exists():
-            repeat += 1
-        return path
+        """Return a name for a checkpoint at `step` that sorts after all that are there."""
+        taken = [repeat for (at, repeat), _ in self._directories() if at == step]
+        return self._run.checkpoint(step, max(taken, default=-1) + 1)
 
     def temporary(self, path: Path) -> Path:
         return path.with_name(path.name + ".tmp")
 
     def set_aside(self, checkpoint: Committed) -> Path:
         """Rename a checkpoint that cannot be trusted, so that its name is free; it is kept to be looked at."""
-        target = checkpoint.path.with_name(f"{checkpoint.path.name}.flawed-{int(time.time())}")
+        target = checkpoint.path.with_name(f"{checkpoint.path.name}.flawed-{time.time_ns()}")
         os.rename(checkpoint.path, target)
         fsync_dir(target.parent)
         return target
 
     def clean(self) -> None:
-        """Remove what crashed saves left. Only for the holder of the run's lock."""
+        """Remove what crashed saves and removals left. Only for the holder of the run's lock."""
         for path in self._run.checkpoints.glob("step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -170,7 +201,12 @@ class Store:
         for checkpoint in reversed(retired):
             if keep_every and checkpoint.step % keep_every == 0:
                 continue
-            # the manifest goes first: a half-removed directory is then no checkpoint
-            (checkpoint.path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            # renamed first: a crash leaves no half of a checkpoint under its name, and `clean` finds the rest
+            removed = self.temporary(checkpoint.path)
+            try:
+                os.rename(checkpoint.path, removed)
+            except OSError:
+                continue  # tried again after the next save
+            self._trusted.discard(checkpoint.path)
+            shutil.rmtree(removed, ignore_errors=True)
             yield checkpoint

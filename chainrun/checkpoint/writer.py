@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from chainrun.checkpoint import image, state
-from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file
+from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file, seal
 from chainrun.errors import CheckpointError
 from chainrun.rundir import write_durably
 
@@ -100,7 +99,7 @@ def _commit(
             size = (temporary / name).stat().st_size
             if size != file["size"]:
                 return f"{name} has {size} bytes instead of {file['size']}"
-        write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        write_durably(temporary / MANIFEST, seal(manifest))
         committed: Committed = store.commit(temporary, path)
     except OSError as error:
         return f"{temporary}: {error.strerror}"
