@@ -10,11 +10,12 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from chainrun.errors import ChainrunError
-from chainrun.rundir import RunDir, read_json, write_durably
+from chainrun.rundir import RunDir, read_json
 
 BEAT = 5.0  # seconds between two heartbeats
 STALE = 60.0  # seconds without one after which a holder on another machine counts as dead
@@ -25,12 +26,19 @@ class Locked(ChainrunError):
 
 
 def _born(pid: int) -> str | None:
-    """The start time of a process, which tells it from a later one with the same pid."""
+    """The start time of a process, which tells it from a later one with the same pid; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]  # a zombie has ended, whether or not its parent looks
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    """Whether a holder on this machine still runs."""
+    born = _born(holder["pid"])
+    return born is not None and born == holder["born"]
 
 
 class Lock:
@@ -56,18 +64,22 @@ class Lock:
             Locked: a live segment still holds it after that time.
         """
         until = time.monotonic() + wait
+        taken_over = None
         while True:
             try:
                 fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
-                reason = self._dead(read_json(self._path))
-                if reason:
-                    write_durably(self._path, self._text())
-                    return reason
+                holder = read_json(self._path)
+                reason = self._dead(holder)
+                if reason and self._remove(holder):
+                    taken_over = reason
+                    continue
             else:
                 with os.fdopen(fd, "wb") as file:
                     file.write(self._text())
-                return None
+                for left in self._path.parent.glob(".lock.*"):  # by beats that were killed
+                    left.unlink(missing_ok=True)
+                return taken_over
             if time.monotonic() >= until:
                 holder = read_json(self._path) or {}
                 raise Locked(
@@ -75,6 +87,24 @@ class Lock:
                     f"{holder.get('host')}, pid {holder.get('pid')}; wait for its end or cancel it"
                 )
             time.sleep(0.5)
+
+    def _remove(self, dead: dict[str, Any] | None) -> bool:
+        """Remove the lock of a dead holder; return whether it was this process that did.
+
+        Several may come at once: the file is renamed, which only one of them can do, and looked at again,
+        since it may be the new lock of one that was faster.
+        """
+        aside = self._path.with_name(f".stale.{self._me['host']}.{self._me['pid']}")
+        try:
+            os.rename(self._path, aside)
+            if read_json(aside) != dead:
+                os.rename(aside, self._path)
+                return False
+            return True
+        except FileNotFoundError:
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
 
     def _text(self, **progress: Any) -> bytes:
         return json.dumps({**self._me, "time": round(time.time(), 3), **progress}).encode()
@@ -89,7 +119,7 @@ class Lock:
         if holder["job"] == self._me["job"] and holder["restart"] < self._me["restart"]:
             return f"start {holder['restart']} of this job has ended"
         if holder["host"] == self._me["host"]:
-            if _born(holder["pid"]) != holder["born"]:
+            if not _alive(holder):
                 return f"process {holder['pid']} has ended"
             return None
         age = time.time() - holder["time"]
@@ -100,8 +130,12 @@ class Lock:
         if not self.held():
             return False
         temporary = self._path.with_name(f".lock.{self._me['pid']}")
-        temporary.write_bytes(self._text(**progress))
-        os.replace(temporary, self._path)
+        try:
+            temporary.write_bytes(self._text(**progress))
+            os.replace(temporary, self._path)
+        except OSError:  # a full disk: the next beat may get through, and the training goes on meanwhile
+            with suppress(OSError):
+                temporary.unlink()
         return True
 
     def held(self) -> bool:
@@ -119,8 +153,8 @@ def holder(run: RunDir) -> dict[str, Any] | None:
     found = read_json(run.lock)
     if not isinstance(found, dict):
         return None
-    if found.get("host") == socket.gethostname():
-        found["alive"] = _born(found["pid"]) == found["born"]
+    if found["host"] == socket.gethostname():
+        found["alive"] = _alive(found)
     else:
         found["alive"] = time.time() - found["time"] < STALE
     return found
