@@ -118,7 +118,9 @@ def open_run(path: Path) -> RunDir:
     run = RunDir(path.absolute())
     if not run.experiment.is_file():
         what = "holds no experiment.yaml" if path.is_dir() else "does not exist"
-        raise UsageError(f"{path} is not a run directory: it {what}; give the folder that submit or run named")
+        raise UsageError(
+            f"{path} is not a run directory: it {what}; give the folder that submit or run named"
+        )
     return run
 
 
@@ -156,11 +158,25 @@ def read_json(path: Path) -> Any:
 
 
 def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Append JSON lines with one write, so that lines of several processes never mix."""
+    """Append JSON lines with one write, so that lines of several processes never mix.
+
+    Raises:
+        OSError: nothing was appended.
+    """
     data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(fd, data)
+        size = os.fstat(fd).st_size
+        if size and os.pread(fd, 1, size - 1) != b"\n":
+            data = b"\n" + data  # a line that a crash has torn must not take ours with it
+        try:
+            written = os.write(fd, data)
+            if written < len(data):  # the disk is nearly full
+                os.write(fd, data[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(fd, size)
+            raise
     finally:
         os.close(fd)
 

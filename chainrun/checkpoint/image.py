@@ -38,7 +38,8 @@ def write(path: Path, tree: Any) -> tuple[int, str]:
     """Write a tree of tensors and plain data durably; return the file's size in bytes and its xxh3_128.
 
     Raises:
-        CheckpointError: the file cannot be written (full disk, quota, permission).
+        CheckpointError: the file cannot be written: full disk, quota, permission, or a tensor that torch
+            cannot save.
     """
     try:
         with open(path, "wb") as file:
@@ -46,20 +47,27 @@ def write(path: Path, tree: Any) -> tuple[int, str]:
             torch.save(tree, cast(BinaryIO, hashing))
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         raise CheckpointError(f"{path} could not be written: {_reason(error, path)}") from error
     return hashing.size, hashing.digest
 
 
-def _reason(error: BaseException, path: Path) -> str:
+def _reason(error: Exception, path: Path) -> str:
     """Torch's writer turns an error of the disk into one of its own; say what the disk said."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return str(error).splitlines()[0]
-    free = os.statvfs(path.parent)
-    return f"{cause.strerror} ({free.f_bavail * free.f_frsize / 1e6:.0f} MB free)"
+    return _first_line(error) if cause is None else said(cause, path.parent)
+
+
+def said(error: OSError, folder: Path) -> str:
+    """Return what the disk of a folder said, and how much of it is free."""
+    free = os.statvfs(folder)
+    return f"{error.strerror} ({free.f_bavail * free.f_frsize / 1e6:.1f} MB free)"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def digest(path: Path) -> str:
@@ -80,4 +88,4 @@ def read(path: Path) -> Any:
     try:
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be opened: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(f"{path} cannot be opened: {_first_line(error)}") from error

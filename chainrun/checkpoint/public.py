@@ -44,6 +44,8 @@ class Checkpoint:
         """
         self.verify()
         if rank_file(rank) not in self.manifest["files"]:
-            raise CheckpointError(f"{self.path} has {self.manifest['world_size']} ranks, there is no rank {rank}")
+            raise CheckpointError(
+                f"{self.path} has {self.manifest['world_size']} ranks, there is no rank {rank}"
+            )
         objects: dict[str, Any] = image.read(self.path / rank_file(rank))["objects"]
         return objects

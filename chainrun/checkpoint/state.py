@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from chainrun.errors import CheckpointError, RegisterError, RestoreError
+from chainrun.errors import RegisterError, RestoreError
 
 
 @runtime_checkable
@@ -140,33 +140,48 @@ def adapt(name: str, thing: Any) -> Stateful:
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+_KEYS = (*_PLAIN, tuple)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_INT_BITS = 2040  # torch.load's weights_only reader knows integers of up to 255 bytes
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 
 
 def check(tree: Any, path: str) -> None:
-    """Refuse what ``torch.load(weights_only=True)`` would not open.
+    """Refuse what ``torch.load(weights_only=True)`` would not open again.
 
     Raises:
-        CheckpointError: names the path and the type.
+        RegisterError: names the path and the type.
     """
     kind = type(tree)
-    if kind in _PLAIN or isinstance(tree, torch.Tensor):
-        return
-    if kind not in _CONTAINERS:
-        raise CheckpointError(
+    if kind is int and tree.bit_length() >= _INT_BITS:
+        raise RegisterError(
+            f"{path} is an int of {tree.bit_length()} bits; a checkpoint holds up to {_INT_BITS - 1}"
+        )
+    if isinstance(tree, torch.Tensor):
+        if kind not in _TENSORS and kind not in torch.serialization.get_safe_globals():
+            raise RegisterError(
+                f"{path} is a tensor of the class {kind.__module__}.{kind.__qualname__}, which a checkpoint "
+                "cannot hold; use plain tensors, or name the class in torch.serialization.add_safe_globals "
+                "before the training and before every load"
+            )
+        check(vars(tree), f"{path}.__dict__")
+    elif kind in _CONTAINERS:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                if type(key) not in _KEYS:
+                    raise RegisterError(
+                        f"{path} has a key of type {type(key).__qualname__}; use str or int keys"
+                    )
+                check(key, f"a key of {path}")
+                check(value, f"{path}.{key}")
+        else:
+            for index, value in enumerate(tree):
+                check(value, f"{path}[{index}]")
+    elif kind not in _PLAIN:
+        raise RegisterError(
             f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; use numbers, "
             "strings, lists, dicts and tensors (float(x) of a NumPy scalar, torch.from_numpy(x) of an array)"
         )
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            if type(key) not in _PLAIN and type(key) is not tuple:
-                raise CheckpointError(
-                    f"{path} has a key of type {type(key).__qualname__}; use str or int keys"
-                )
-            check(value, f"{path}.{key}")
-    else:
-        for index, value in enumerate(tree):
-            check(value, f"{path}[{index}]")
 
 
 def nbytes(tree: Any) -> int:

@@ -111,13 +111,14 @@ class Store:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
+        self.folder = run.checkpoints
         self._trusted: set[Path] = set()  # verified, or written, by this process
 
     def _directories(self) -> list[tuple[tuple[int, int], Path]]:
         """Return ((step, repeat), directory) of all that bear a checkpoint's name, newest first."""
-        if not self._run.checkpoints.is_dir():
+        if not self.folder.is_dir():
             return []
-        paths = list(self._run.checkpoints.iterdir())
+        paths = list(self.folder.iterdir())
         return sorted(((place, p) for p in paths if (place := parse_checkpoint(p.name))), reverse=True)
 
     def committed(self) -> list[Committed]:
@@ -173,7 +174,7 @@ class Store:
 
     def clean(self) -> None:
         """Remove what crashed saves and removals left. Only for the holder of the run's lock."""
-        for path in self._run.checkpoints.glob("step-*.tmp"):
+        for path in self.folder.glob("step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
     def commit(self, temporary: Path, path: Path) -> Committed:

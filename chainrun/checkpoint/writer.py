@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from chainrun.checkpoint import image, state
 from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file, seal
-from chainrun.errors import CheckpointError
+from chainrun.errors import CheckpointError, RegisterError
 from chainrun.rundir import write_durably
 
 
@@ -40,7 +40,9 @@ class Alone:
         return value
 
 
-def save(store: Store, group: Group, step: int, tree: Any, about: dict[str, Any]) -> tuple[Path, float]:
+def save(
+    store: Store, group: Group, step: int, tree: dict[str, Any], about: dict[str, Any]
+) -> tuple[Path, float]:
     """Write and commit one checkpoint; every rank calls it. Return its path and the seconds it took.
 
     Args:
@@ -50,10 +52,11 @@ def save(store: Store, group: Group, step: int, tree: Any, about: dict[str, Any]
 
     Raises:
         CheckpointError: a rank could not write; nothing was committed, older checkpoints are untouched.
+        RegisterError: the state of a rank holds what no checkpoint can.
     """
     began = time.perf_counter()
     path, temporary = Path(), Path()
-    problem = None
+    problem: str | None = None
     if group.rank == 0:
         path = store.path_for(step)
         temporary = store.temporary(path)
@@ -61,27 +64,32 @@ def save(store: Store, group: Group, step: int, tree: Any, about: dict[str, Any]
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         except OSError as error:
-            problem = f"{temporary} could not be made: {error.strerror}"
+            problem = f"{temporary} could not be made: {image.said(error, store.folder)}"
     name, problem = group.broadcast([str(path), problem])
     path = Path(name)
     temporary = store.temporary(path)
     report: dict[str, Any] = {"error": problem}
     if problem is None:
         try:
-            state.check(tree, "checkpoint")
+            for key, value in tree.items():
+                state.check(value, "run.state" if key == "state" else key)
             size, digest = image.write(temporary / rank_file(group.rank), tree)
             report = {"error": None, "size": size, "xxh3_128": digest}
-        except (CheckpointError, OSError) as error:
-            report = {"error": str(error)}
+        except RecursionError:
+            report = {"error": "the state contains itself, or is nested too deeply", "refused": True}
+        except (RegisterError, CheckpointError, OSError) as error:
+            report = {"error": str(error), "refused": isinstance(error, RegisterError)}
     reports = group.gather(report)
+    refused = False
     if reports is not None:
+        refused = any(one.get("refused") for one in reports)
         problem = _commit(store, temporary, path, reports, {**about, "step": step})
-    problem = group.broadcast(problem)
+    problem, refused = group.broadcast([problem, refused])
     if problem is not None:
         if group.rank == 0:
             with contextlib.suppress(OSError):
                 shutil.rmtree(temporary)
-        raise CheckpointError(f"no checkpoint at step {step}: {problem}")
+        raise (RegisterError if refused else CheckpointError)(f"no checkpoint at step {step}: {problem}")
     return path, time.perf_counter() - began
 
 
@@ -102,6 +110,6 @@ def _commit(
         write_durably(temporary / MANIFEST, seal(manifest))
         committed: Committed = store.commit(temporary, path)
     except OSError as error:
-        return f"{temporary}: {error.strerror}"
+        return f"{temporary} could not be committed: {image.said(error, store.folder)}"
     store.trust(committed)
     return None
