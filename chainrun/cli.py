@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     try:
-        return int(options.command(options))
+        code = int(options.command(options))
+        sys.stdout.flush()
+        return code
     except ChainrunError as error:
         print(f"chainrun: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # `chainrun logs … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except KeyboardInterrupt:  # of a command that only looks or waits; `run` saves and stops
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:

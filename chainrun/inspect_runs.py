@@ -51,7 +51,7 @@ def _state(run: RunDir, queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
     if run.done.exists():
         return "done", ""
     if run.failed.exists():
-        return "failed", (journal.last(run, "failed") or {}).get("error", "").splitlines()[0][:80]
+        return "failed", (journal.last(run, "failed") or {}).get("error", "").partition("\n")[0][:80]
     held = holder(run)
     if held and held["alive"]:
         return "running", f"job {held['job']} on {held['host']}"
@@ -126,8 +126,9 @@ def logs(path: Path, rank: int, *, follow: bool) -> int:
 
 def show(path: Path) -> int:
     """Print a run's story, or what a checkpoint holds."""
-    if parse_checkpoint(path.name) and (path / "manifest.json").exists():
-        return _show_checkpoint(read_committed(path.absolute()))
+    path = path.absolute().resolve()
+    if parse_checkpoint(path.name):
+        return _show_checkpoint(read_committed(path))
     run = open_run(path)
     state, remark = _state(run, {})
     print(f"{run.path}: {state}{f' ({remark})' if remark else ''}")

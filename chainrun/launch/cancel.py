@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from chainrun import journal
+from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE
 from chainrun.launch import slurm
 from chainrun.launch.submit import jobs_of
@@ -26,15 +27,16 @@ def cancel(path: Path) -> int:
     until = time.monotonic() + PATIENCE
     while (held := holder(run)) and held["alive"] and time.monotonic() < until:
         time.sleep(0.5)
-    for job in slurm.states(jobs_of(run)):
+    jobs = slurm.states(jobs_of(run))
+    for job in jobs:
         answer = slurm.cancel(job)
         if not answer.ok:
             print(f"job {job} could not be cancelled: {answer.text}; it will leave when it starts")
     if held and held["alive"]:
-        print(
-            f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; its job was cancelled"
-        )
-    newest = (journal.last(run, "checkpoint") or {}).get("step")
-    where = f"its newest checkpoint is of step {newest}" if newest else "it has no checkpoint"
-    print(f"{run.path} is cancelled; {where}; to go on after all: chainrun submit {run.experiment}")
+        then = "its job was cancelled" if jobs else "it will stop at the next one"
+        print(f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; {then}")
+    newest = next(iter(Store(run).committed()), None)
+    where = f"its newest checkpoint is of step {newest.step}" if newest else "it has no checkpoint"
+    again = "submit" if jobs_of(run) else "run"
+    print(f"{run.path} is cancelled; {where}; to go on after all: chainrun {again} {run.experiment}")
     return EXIT_DONE
