@@ -106,6 +106,7 @@ class Control:
             for _ in range(2)
         )
         self._sequence = 0
+        self._all_returned = False
 
     # ---- training thread: see checkpoint.writer.Group
 
@@ -135,7 +136,8 @@ class Control:
             for rank in range(self.world_size):
                 if self._main.check([f"failed/{rank}"]):
                     raise ChainrunError(f"rank {rank} has failed; its log says why")
-            if self._main.check([f"returned/{sender}"]):
+            returned = not self._all_returned and self._main.check([f"returned/{sender}"])
+            if returned and not self._main.check([key]):  # what it said before it returned still counts
                 raise ChainrunError(
                     f"rank {sender} has returned from the function while rank {self.rank} still trains: the "
                     "ranks do not call run.step() equally often, so no common boundary is left"
@@ -157,6 +159,7 @@ class Control:
                     raise ChainrunError(f"rank {rank} has failed; its log says why")
             missing = {r for r in missing if not self._main.check([f"returned/{r}"])}
             time.sleep(_POLL)
+        self._all_returned = True
 
     def leave(self) -> None:
         """Rank 0 serves the store: it goes last."""
