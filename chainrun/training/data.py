@@ -358,6 +358,12 @@ class _Chain:
         running = self._pass is not None and self._pass.running
         return self._pass.handed_out / max(1, len(self.loader)) if running and self._pass else 0.0
 
+    def close(self) -> None:
+        """End the workers."""
+        if self._pass is not None:
+            self._pass.close()
+        self._pass = self._inner = None
+
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -506,6 +512,10 @@ class _Pass:
         if not self._in_flight:
             self._batches = iter(())  # ends the workers, as the end of torch's own iterator does
         self.chain.position.end(self._mark, exhausted=exhausted)
+
+    def close(self) -> None:
+        self._in_flight = False
+        self._batches = iter(())
 
     def drain(self) -> None:
         """Note where persistent workers end: they still compute what they had been sent before a break."""

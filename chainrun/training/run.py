@@ -403,9 +403,10 @@ class Run:
                 "resume, everything before this boundary has to run again. Use run.epochs() or run.steps()"
             )
         self._due, self._deferred = None, False
-        here = (self._position.boundaries, head and head.loop)
+        owner = head.loop if head else None
+        here = (self._position.boundaries, owner)
         if self._saved_at != here:
-            self._save(wish, self._tree(head and head.loop))
+            self._save(wish, self._tree(owner))
             self._saved_at = here
         if wish.kind == "stop":
             self._ended = wish
