@@ -33,3 +33,7 @@ class Allocation:
     """Asks when the job will be killed: seconds since the epoch, None where there is no limit."""
     interrupt_at: frozenset[int] = frozenset()
     """Global steps at which the segment ends as if the walltime had come."""
+    save_at: frozenset[int] = frozenset()
+    """Global steps at which a checkpoint is taken besides those that are due."""
+    record: str | None = None
+    """File to which a fingerprint of the state is written after every step."""

@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--interrupt-at", metavar="7,14", help="cut at exactly these global steps")
     run.set_defaults(command=_run)
 
+    verify = commands.add_parser("verify", help="run cut and uncut, compare every step bit for bit")
+    _experiment(verify)
+    verify.add_argument("--steps", type=int, default=20, metavar="N", help="how many to compare (default 20)")
+    verify.add_argument("--cuts", metavar="7,14|every", help="cut after these steps (default: a few)")
+    verify.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    verify.set_defaults(command=_verify)
+
     status = commands.add_parser("status", help="where runs stand")
     status.add_argument(
         "dirs", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs (default: runs)"
@@ -125,7 +132,7 @@ def _run(options: argparse.Namespace) -> int:
 
     described = experiment.load(options.experiment, options.overrides)
     walltime = options.walltime and parse_duration(options.walltime, "--walltime")
-    cuts = _steps(options.interrupt_at)
+    cuts = _steps(options.interrupt_at, "--interrupt-at")
     run, how = submit.prepare(described, options.experiment.absolute().parent, override=options.override)
     if how == "done":
         return _already_done(run.path)
@@ -135,13 +142,30 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
-def _steps(text: str | None) -> list[int]:
+def _verify(options: argparse.Namespace) -> int:
+    from chainrun import experiment
+    from chainrun.launch import verify
+
+    described = experiment.load(options.experiment, options.overrides)
+    if options.steps < 2:
+        raise UsageError(
+            f"--steps {options.steps}: at least 2 are needed, one before the cut and one after it"
+        )
+    if options.cuts == "every":
+        cuts: list[int] | None = list(range(1, options.steps))
+    else:
+        cuts = _steps(options.cuts, "--cuts") or None
+    base = options.experiment.absolute().parent
+    return verify.command(described, base, options.steps, cuts, as_json=options.json)
+
+
+def _steps(text: str | None, option: str) -> list[int]:
     try:
         steps = [int(part) for part in text.split(",")] if text else []
     except ValueError:
         steps = [0]
     if any(step < 1 for step in steps):
-        raise UsageError(f"--interrupt-at {text}: give global steps from 1 on, separated by commas: 7,14")
+        raise UsageError(f"{option} {text}: give global steps from 1 on, separated by commas: 7,14")
     return steps
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from chainrun import experiment, function, journal
@@ -95,6 +96,7 @@ class _Segment:
 
         from chainrun.checkpoint.writer import Alone
         from chainrun.training import distributed, environment, rng
+        from chainrun.training.record import Recorder
         from chainrun.training.run import Run, Setting
 
         if described.deterministic:
@@ -169,6 +171,8 @@ class _Segment:
                     "warning: the results may differ from here on, the environment has changed: "
                     + "; ".join(drift)
                 )
+        if allocation.record is not None:
+            Recorder(training, Path(allocation.record))
         if described.seed is not None:
             rng.seed_all(described.seed)
         training._start()

@@ -64,4 +64,6 @@ def _local_allocation() -> Allocation:
         restart=told["segment"],
         end=lambda: told["end"],
         interrupt_at=frozenset(told["interrupt_at"]),
+        save_at=frozenset(told.get("save_at", ())),
+        record=told.get("record"),
     )

@@ -77,7 +77,21 @@ def run_chain(
                 return code
 
 
-def _start(run: RunDir, described: Experiment, interrupt_at: Sequence[int], walltime: float | None) -> Any:
+def run_one(run: RunDir, described: Experiment, interrupt_at: Sequence[int], **more: Any) -> int:
+    """Run one segment, quietly and without a walltime; return the exit code, 75 where it was cut.
+
+    Args:
+        more: further fields of `Allocation` that the segment is told of, as JSON.
+    """
+    with _interruptible() as asked, Progress(run, quiet=True) as progress:
+        process = _start(run, described, interrupt_at, None, **more)
+        code = _watch(run, described, process, asked, progress)
+        return EXIT_STOPPED if code is None else code
+
+
+def _start(
+    run: RunDir, described: Experiment, interrupt_at: Sequence[int], walltime: float | None, **more: Any
+) -> Any:
     """Start one segment; return the process that controls its ranks."""
     import submitit
 
@@ -97,6 +111,7 @@ def _start(run: RunDir, described: Experiment, interrupt_at: Sequence[int], wall
         "segment": segment,
         "end": None if walltime is None else time.time() + walltime,
         "interrupt_at": list(interrupt_at),
+        **more,
     }
     os.environ[LOCAL] = json.dumps(told)
     os.environ.setdefault("PYTHONHASHSEED", "0")

@@ -36,9 +36,7 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
     function.check_arguments(source, described.args)
     run = RunDir(described.run_dir)
     if not run.experiment.exists():
-        run.create()
-        write_durably(run.experiment, experiment.to_yaml(described).encode())
-        journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
+        create(run, described)
         return run, "new"
     changes = experiment.diff(experiment.load(run.experiment), described)
     if changes and not override:
@@ -68,6 +66,13 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
         marker.unlink(missing_ok=True)
     journal.record(run, "continue", changes=changes)
     return run, "continued"
+
+
+def create(run: RunDir, described: Experiment) -> None:
+    """Make the run directory of an experiment, with the experiment frozen in it."""
+    run.create()
+    write_durably(run.experiment, experiment.to_yaml(described).encode())
+    journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
 
 
 def jobs_of(run: RunDir) -> list[str]:

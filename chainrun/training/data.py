@@ -268,12 +268,18 @@ class _Chain:
         self.workers: dict[int, bytes] = {}  # each worker's random state after its last batch handed out
         self.birth: list[Any] | None = None  # random state under which persistent workers were born
         self.sampler = _Sampler(None)
+        self.on_batch: Callable[[str, Any], None] | None = None  # told of every batch, to record it
         self._inner: TorchDataLoader[Any] | None = None
         self._pass: _Pass | None = None
 
     @property
     def persistent(self) -> bool:
         return bool(self.loader.persistent_workers and self.loader.num_workers)
+
+    @property
+    def inner(self) -> TorchDataLoader[Any] | None:
+        """The torch loader that does the work."""
+        return self._inner
 
     @property
     def index_sampler(self) -> Any:
@@ -501,6 +507,8 @@ class _Pass:
             chain.workers[worker] = state
         self.handed_out += 1
         chain.position.advance(self._mark)
+        if chain.on_batch is not None:
+            chain.on_batch(chain.name, batch)
         return batch
 
     def leave(self, *, exhausted: bool = False) -> None:

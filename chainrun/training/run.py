@@ -90,6 +90,7 @@ class Run:
         self._objects: dict[str, state.Stateful] = {}
         self._loaders: dict[str, Any] = {}
         self._registered: dict[int, tuple[str, Any]] = {}  # by id, which is unique while the object lives
+        self.on_batch: Callable[[str, Any], None] | None = None
         self._ranges: dict[str, dict[str, Any]] = {}
         self._due: Wish | None = None
         self._deferred = False
@@ -145,6 +146,7 @@ class Run:
             saved = self._saved_for(name)
             if isinstance(thing, data.DataLoader):
                 chain = data.bind(thing, name, self._position, self._at_head)
+                chain.on_batch = self.on_batch
                 self._loaders[name] = chain
                 if saved is not None:
                     chain.load_state_dict(saved)
@@ -368,6 +370,7 @@ class Run:
     def _next_due(self) -> int:
         """The next global step at which something is due, known without asking anybody."""
         steps = [step for step in self._setting.allocation.interrupt_at if step > self.global_step]
+        steps += [step for step in self._setting.allocation.save_at if step > self.global_step]
         every = self._setting.save_every_steps
         if every:
             steps.append((self.global_step // every + 1) * every)
@@ -475,6 +478,22 @@ class Run:
     def _guess_save_seconds(self) -> float:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
         return 0.5 + self._size / 100e6
+
+    # ---- for `chainrun verify` -----------------------------------------------------------------
+
+    @property
+    def walking(self) -> bool:
+        """Whether the function is on its way to the checkpoint's place."""
+        return self._position.walking
+
+    def registered(self) -> Iterator[tuple[str, state.Stateful]]:
+        """Yield the registered objects that are not loaders, by name."""
+        yield from self._objects.items()
+
+    def things(self) -> list[Any]:
+        """Return all that was registered, and what chainrun made for it."""
+        made = [chain.inner for chain in self._loaders.values()]
+        return [thing for _, thing in self._registered.values()] + made
 
     # ---- for the segment -----------------------------------------------------------------------
 
