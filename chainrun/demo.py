@@ -14,6 +14,7 @@ from chainrun.launch import local, submit
 from chainrun.rundir import RunDir
 
 WALLTIME = 8.0  # seconds
+PATIENT = "chain.stop_after_idle_segments=10"  # a busy machine may need most of that to import torch
 
 
 def _example() -> Path:
@@ -60,7 +61,7 @@ def demo(folder: Path | None) -> int:
 
 def _train(folder: Path, name: str, walltime: float | None) -> tuple[RunDir, int]:
     example = _example()
-    described = experiment.load(example, [f"name={name}", f"dir={folder}"])
+    described = experiment.load(example, [f"name={name}", f"dir={folder}", PATIENT])
     run, how = submit.prepare(described, example.parent)
     return run, EXIT_DONE if how == "done" else local.run_chain(run, described, walltime=walltime)
 
