@@ -52,8 +52,8 @@ def fingerprint(model, optimizer):
     found = hashlib.sha256(repr(random.getstate()).encode())
     found.update(repr(np.random.get_state()[1:]).encode())
     found.update(torch.get_rng_state().numpy().tobytes())
-    for value in model.state_dict().values():
-        found.update(value.numpy().tobytes())
+    for value in model.parameters():
+        found.update(value.detach().numpy().tobytes())
     for entry in optimizer.state_dict()["state"].values():
         for value in entry.values():
             found.update(value.numpy().tobytes())
