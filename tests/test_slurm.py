@@ -195,6 +195,22 @@ def test_a_chain_ends_when_a_limit_of_its_own_is_reached(slurm_cluster, tmp_path
     assert "to go on: chainrun submit" in chain.command("logs", str(chain.run))
 
 
+def test_a_refused_requeue_falls_through_to_a_new_job(slurm_cluster, tmp_path):
+    """Where the job may not be requeued, a new one goes on, and the reason is in the journal."""
+    reference = plain(tmp_path, 4)
+    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 4, "nap": 0.25}, slurm={"time": "5min"})
+    first = chain.submit()
+    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
+    slurm_cluster.run("scontrol", "update", f"JobId={first}", "Requeue=0")
+    slurm_cluster.run("scancel", "--signal=USR2", first)
+    chain.wait_done(90)
+    assert_same(chain, reference)
+    refused, done = [e for e in chain.events("handoff") if "refused" in e or e["how"] == "resubmit"]
+    assert "disabled" in refused["refused"]
+    assert chain.events("segment")[-1]["job"] == done["job"] != first
+    assert slurm_cluster.job(first)["JobState"] == "COMPLETED"
+
+
 def test_dry_run_shows_the_script_with_every_option(slurm_cluster, tmp_path):
     """What SLURM would be given can be read before it is given."""
     chain = Chain(
