@@ -29,7 +29,11 @@ from chainrun.rundir import RunDir
 from chainrun.segment import run_segment
 from chainrun.training.stop import Signals
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def start(run: RunDir, number: int) -> int:
@@ -38,6 +42,7 @@ def start(run: RunDir, number: int) -> int:
     if pid == 0:
         try:
             os.setpgid(0, 0)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             log = os.open(run.jobs / f"{number:06d}_0_log.out", os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -78,7 +83,7 @@ def look(run: RunDir, trace: Path) -> dict:
 
 
 def main(run: RunDir, trace: Path, kills: int, seed: int) -> None:
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     chance = random.Random(seed)
     for number in range(kills + 1):
         pid = start(run, number)
