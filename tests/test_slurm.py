@@ -211,6 +211,28 @@ def test_a_refused_requeue_falls_through_to_a_new_job(slurm_cluster, tmp_path):
     assert slurm_cluster.job(first)["JobState"] == "COMPLETED"
 
 
+def test_a_job_submitted_ahead_goes_on_and_none_is_left_over(slurm_cluster, tmp_path):
+    """With handoff: ahead the next job waits in the queue from the start; the surplus one is cancelled."""
+    reference = plain(tmp_path, 4)
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 4, "nap": 0.25},
+        chain={"handoff": "ahead"},
+        slurm={"time": "5min"},
+    )
+    first = chain.submit()
+    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
+    assert len(chain.events("submitted")) == 2
+    slurm_cluster.run("scancel", "--signal=USR2", first)
+    chain.wait_done(90)
+    assert_same(chain, reference)
+    assert [e["how"] for e in chain.events("handoff")] == ["ahead"]
+    jobs = [e["job"] for e in chain.events("submitted")]
+    assert [e["job"] for e in chain.events("segment")] == jobs[:2]
+    slurm_cluster.wait_job(jobs[2], {"CANCELLED"}, 30)
+
+
 def test_dry_run_shows_the_script_with_every_option(slurm_cluster, tmp_path):
     """What SLURM would be given can be read before it is given."""
     chain = Chain(

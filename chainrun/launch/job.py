@@ -14,7 +14,7 @@ from typing import Any
 
 from chainrun.allocation import Allocation
 from chainrun.errors import EXIT_FAILED, EXIT_STOPPED
-from chainrun.launch import handoff, slurm
+from chainrun.launch import slurm
 from chainrun.rundir import RunDir
 from chainrun.training.stop import Signals
 
@@ -31,9 +31,15 @@ class Job:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         run = RunDir(Path(self.path))
         allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
+        from chainrun.launch import handoff  # not while unpickling
         from chainrun.segment import run_segment
 
+        leads = allocation.rank == 0 and allocation.scheduler == "slurm"
+        if leads:
+            handoff.prepare_ahead(run, allocation)
         outcome = run_segment(run, allocation, signals)
+        if leads and outcome.kind in ("done", "failed", "idle"):
+            handoff.tidy(run, allocation)
         if outcome.kind == "failed":
             sys.exit(EXIT_FAILED)
         if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":

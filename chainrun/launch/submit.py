@@ -94,12 +94,10 @@ def check(described: Experiment) -> None:
     """Check what only a submission to SLURM needs.
 
     Raises:
-        ExperimentError: the time limit is missing, or the handoff is one that does not exist yet.
+        ExperimentError: the time limit is missing.
     """
     if described.slurm.time is None:
         raise ExperimentError("slurm.time is missing: how long may one job run? For example slurm.time=4h")
-    if described.chain.handoff == "ahead":
-        raise ExperimentError("chain.handoff: 'ahead' is not available yet; use auto, requeue or resubmit")
 
 
 def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any:
