@@ -6,6 +6,7 @@ travels in it, so that `chainrun status` sees a live run without asking anybody.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -64,22 +65,22 @@ class Lock:
             Locked: a live segment still holds it after that time.
         """
         until = time.monotonic() + wait
-        taken_over = None
         while True:
+            reason = None
             try:
                 fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:
                 holder = read_json(self._path)
                 reason = self._dead(holder)
-                if reason and self._remove(holder):
-                    taken_over = reason
-                    continue
+                taken = reason is not None and self._take_over(holder)
             else:
                 with os.fdopen(fd, "wb") as file:
                     file.write(self._text())
+                taken = True
+            if taken:
                 for left in self._path.parent.glob(".lock.*"):  # by beats that were killed
                     left.unlink(missing_ok=True)
-                return taken_over
+                return reason
             if time.monotonic() >= until:
                 holder = read_json(self._path) or {}
                 raise Locked(
@@ -88,23 +89,30 @@ class Lock:
                 )
             time.sleep(0.5)
 
-    def _remove(self, dead: dict[str, Any] | None) -> bool:
-        """Remove the lock of a dead holder; return whether it was this process that did.
-
-        Several may come at once: the file is renamed, which only one of them can do, and looked at again,
-        since it may be the new lock of one that was faster.
-        """
-        aside = self._path.with_name(f".stale.{self._me['host']}.{self._me['pid']}")
-        try:
-            os.rename(self._path, aside)
-            if read_json(aside) != dead:
-                os.rename(aside, self._path)
+    def _take_over(self, dead: dict[str, Any] | None) -> bool:
+        """Replace a dead holder's lock; return False where another process was faster."""
+        with suppress(FileNotFoundError), open(self._path, "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 return False
-            return True
-        except FileNotFoundError:
-            return False
-        finally:
-            aside.unlink(missing_ok=True)
+            except OSError:
+                pass  # a filesystem that knows no flock: a race, then, shows at the next look at `held`
+            same = os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+            if same and read_json(self._path) == dead:
+                self._replace(self._text())
+                return True
+        return False
+
+    def _replace(self, text: bytes) -> None:
+        temporary = self._path.with_name(f".lock.{self._me['host']}.{self._me['pid']}")
+        try:
+            temporary.write_bytes(text)
+            os.replace(temporary, self._path)
+        except OSError:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
 
     def _text(self, **progress: Any) -> bytes:
         return json.dumps({**self._me, "time": round(time.time(), 3), **progress}).encode()
@@ -129,13 +137,8 @@ class Lock:
         """Say that the holder is alive and where it is; return False where the lock was lost."""
         if not self.held():
             return False
-        temporary = self._path.with_name(f".lock.{self._me['pid']}")
-        try:
-            temporary.write_bytes(self._text(**progress))
-            os.replace(temporary, self._path)
-        except OSError:  # a full disk: the next beat may get through, and the training goes on meanwhile
-            with suppress(OSError):
-                temporary.unlink()
+        with suppress(OSError):  # a full disk: the next beat may get through, the training goes on meanwhile
+            self._replace(self._text(**progress))
         return True
 
     def held(self) -> bool:

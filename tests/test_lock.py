@@ -1,0 +1,177 @@
+"""One segment at a time writes to a run directory, and a dead one stands in nobody's way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from chainrun import lock as module
+from chainrun.lock import STALE, Lock, Locked, holder
+from chainrun.rundir import RunDir
+
+HOLD = str(Path(__file__).parent / "faults" / "hold.py")
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir(tmp_path / "run").create()
+
+
+@pytest.fixture
+def keeper(run):
+    """A process that holds the lock; its parent does not wait for it unless the test does."""
+    process = subprocess.Popen([sys.executable, HOLD, str(run.path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"None\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def write(run: RunDir, **fields) -> dict:
+    """Write the lock of another holder: on this host, alive and beating, unless told otherwise."""
+    me = Lock(run, "other", 0)._me
+    found = {**me, "time": time.time(), **fields}
+    run.lock.write_text(json.dumps(found))
+    return found
+
+
+def test_the_holder_is_alone_until_it_releases(run):
+    """A second segment is refused with the first one's name, and gets the lock once that is released."""
+    first, second = Lock(run, "first", 0), Lock(run, "second", 0)
+    assert first.acquire() is None
+    assert first.held()
+    with pytest.raises(Locked, match=rf"{run.path}: job first on .*, pid {os.getpid()}; wait .* or cancel"):
+        second.acquire(wait=0)
+    assert not second.held()
+    assert not second.beat(step=1)
+    first.release()
+    assert second.acquire(wait=0) is None
+    assert second.held()
+    assert not first.held()
+
+
+def test_a_waiting_segment_takes_over_when_the_live_holder_goes(run, keeper):
+    """A killed holder is noticed within a second by one that waits for it."""
+    lock = Lock(run, "next", 0)
+    with pytest.raises(Locked):
+        lock.acquire(wait=0.6)
+    keeper.kill()
+    keeper.wait()
+    began = time.monotonic()
+    assert lock.acquire(wait=10) == f"process {keeper.pid} has ended"
+    assert time.monotonic() - began < 1
+
+
+def test_a_holder_is_dead_although_its_parent_has_not_looked(run, keeper):
+    """A zombie still has its pid and its start time; it holds nothing."""
+    assert holder(run)["alive"]
+    keeper.kill()
+    until = time.monotonic() + 5
+    while holder(run)["alive"] and time.monotonic() < until:
+        time.sleep(0.01)
+    state = Path(f"/proc/{keeper.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    assert state == "Z"
+    assert not holder(run)["alive"]
+    assert "has ended" in Lock(run, "next", 0).acquire(wait=0)
+
+
+def test_a_pid_that_was_given_to_another_process_holds_nothing(run):
+    """A live process with the holder's pid, but born at another time, is not the holder."""
+    write(run, pid=os.getpid(), born="1")
+    assert not holder(run)["alive"]
+    assert Lock(run, "next", 0).acquire(wait=0) == f"process {os.getpid()} has ended"
+
+
+def test_a_holder_on_another_host_lives_as_long_as_its_heart_beats(run):
+    """Its pid says nothing here: it is respected up to the age of its last beat, and taken over after that."""
+    write(run, host="elsewhere", pid=os.getpid(), time=time.time() - STALE + 10)
+    assert holder(run)["alive"]
+    with pytest.raises(Locked, match="job other on elsewhere"):
+        Lock(run, "next", 0).acquire(wait=0)
+    write(run, host="elsewhere", pid=os.getpid(), time=time.time() - STALE - 1)
+    assert not holder(run)["alive"]
+    lock = Lock(run, "next", 0)
+    assert lock.acquire(wait=0) == f"no heartbeat for {STALE + 1:.0f} s"
+    assert holder(run)["host"] == socket.gethostname()
+
+
+def test_a_beat_keeps_a_lock_alive_and_carries_the_progress(run):
+    """The age starts again with each beat, and what the holder says can be read by others."""
+    lock = Lock(run, "mine", 2)
+    lock.acquire()
+    before = holder(run)["time"]
+    time.sleep(0.01)
+    assert lock.beat(step=7, epoch=1)
+    found = holder(run)
+    assert found["time"] > before
+    assert (found["job"], found["restart"], found["step"], found["epoch"]) == ("mine", 2, 7, 1)
+    assert lock.held()
+
+
+def test_the_next_start_of_a_requeued_job_does_not_wait_for_the_first(run):
+    """SLURM starts a job again only when its earlier start has ended, on whatever host that was."""
+    write(run, host="elsewhere", job="77", restart=0)
+    with pytest.raises(Locked):
+        Lock(run, "78", 1).acquire(wait=0)
+    with pytest.raises(Locked):
+        Lock(run, "77", 0).acquire(wait=0)
+    assert Lock(run, "77", 1).acquire(wait=0) == "start 0 of this job has ended"
+
+
+def test_release_removes_only_ones_own_lock(run):
+    """A segment that has lost its lock leaves the new holder's alone, in its beats and at its end."""
+    old = Lock(run, "old", 0)
+    old.acquire()
+    new = write(run, job="new")
+    assert not old.held()
+    assert not old.beat(step=3)
+    old.release()
+    assert json.loads(run.lock.read_text()) == new
+    run.lock.unlink()
+    old.release()
+    assert not old.beat()
+    assert not run.lock.exists()
+
+
+def test_a_torn_lock_is_respected_for_a_moment_only(run):
+    """Who creates a lock has not yet written it; what stays unreadable was left by a crash."""
+    for torn in ("", '{"job": "x", "ho', "[]", "null"):
+        run.lock.write_text(torn)
+        with pytest.raises(Locked):
+            Lock(run, "next", 0).acquire(wait=0)
+        assert not (holder(run) or {}).get("alive")
+        old = time.time() - module.BEAT - 1
+        os.utime(run.lock, (old, old))
+        lock = Lock(run, "next", 0)
+        assert lock.acquire(wait=0) == "unreadable lock"
+        lock.release()
+
+
+def test_of_many_that_find_a_dead_holder_exactly_one_takes_over(run):
+    """Eight processes on the same instant, fifty times: never two, never none."""
+    done = subprocess.run(
+        [sys.executable, HOLD, str(run.path), "8", "50"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rounds = Counter(tuple(json.loads(line)) for line in done.stdout.splitlines())
+    assert rounds == {(1, 1): 50}
+
+
+def test_what_a_killed_holder_left_is_cleaned_up(run):
+    """The half-written beat of a killed holder does not stay for ever."""
+    (run.path / ".lock.4711").write_text("{")
+    write(run, pid=os.getpid(), born="1")
+    lock = Lock(run, "next", 0)
+    lock.acquire(wait=0)
+    lock.beat(step=1)
+    lock.release()
+    assert {path.name for path in run.path.iterdir()} == {"checkpoints", "jobs"}
