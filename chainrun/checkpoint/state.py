@@ -184,6 +184,27 @@ def check(tree: Any, path: str) -> None:
         )
 
 
+def refill(live: Any, saved: Any) -> None:
+    """Give a dict or list the content that was saved, in place: the function may hold on to what is inside."""
+    if isinstance(live, dict):
+        content: Any = {key: _refilled(live.get(key), value) for key, value in saved.items()}
+        live.clear()  # the order of the keys is content too
+        live.update(content)
+    else:
+        live[:] = [_refilled(live[n] if n < len(live) else None, value) for n, value in enumerate(saved)]
+
+
+def _refilled(live: Any, saved: Any) -> Any:
+    if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
+        if (live.shape, live.dtype) == (saved.shape, saved.dtype):
+            with torch.no_grad():
+                return live.copy_(saved)
+    elif type(live) is type(saved) and isinstance(live, (dict, list)):
+        refill(live, saved)
+        return live
+    return copy.deepcopy(saved)
+
+
 def nbytes(tree: Any) -> int:
     """Return how many bytes the tensors of a tree hold."""
     if isinstance(tree, torch.Tensor):

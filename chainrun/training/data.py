@@ -18,17 +18,18 @@ from __future__ import annotations
 import marshal
 import pickle
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import xxhash
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import rng
+from chainrun.training import carried, rng
 from chainrun.training.position import Pass as Mark
 from chainrun.training.position import Position
 
@@ -68,15 +69,12 @@ class _Dataset(Dataset[Any]):
         return len(self.dataset)
 
 
-def _state_of(dataset: Any, collate: Any) -> list[Any]:
-    return [rng.capture(), [rng.get(g) for g in rng.find_generators(dataset, collate)]]
-
-
 class _Collate:
     """The user's collate function; in a worker it sends the random state along."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
+        self.carriers = 0  # how many were found when the worker began
 
     def __call__(self, items: Any) -> Any:
         worker = get_worker_info()
@@ -85,13 +83,18 @@ class _Collate:
         if isinstance(items, _EmptyTurn):
             return _Shipment(None, -1, b"")
         batch = self.collate(items)
-        return _Shipment(batch, worker.id, pickle.dumps(_state_of(worker.dataset, self.collate), protocol=5))
+        found = carried.find(worker.dataset, self.collate)
+        carried.refuse_new(self.carriers, len(found), f"data set {type(worker.dataset).__name__} in a worker")
+        state = [rng.capture(), carried.get(found)]
+        return _Shipment(batch, worker.id, pickle.dumps(state, protocol=5))
 
 
 class _InitWorker:
     """The user's worker_init_fn, then the saved random state."""
 
-    def __init__(self, init: Callable[[int], None] | None, collate: Any, states: dict[int, bytes]) -> None:
+    def __init__(
+        self, init: Callable[[int], None] | None, collate: _Collate, states: dict[int, bytes]
+    ) -> None:
         self.init, self.collate, self.states = init, collate, states
 
     def __call__(self, worker: int) -> None:
@@ -104,11 +107,12 @@ class _InitWorker:
         object.__setattr__(info, "dataset", dataset)  # what user code finds there is its own data set
         if self.init is not None:
             self.init(worker)
+        found = carried.find(dataset, self.collate.collate)
+        self.collate.carriers = len(found)
         if worker in self.states:
-            state, generators = pickle.loads(self.states[worker])
-            found = rng.find_generators(dataset, self.collate)
-            rng.put_all(found, generators, f"data set {type(dataset).__name__} in worker {worker}")
-            rng.restore(state)
+            streams, states = pickle.loads(self.states[worker])
+            carried.put(found, states, f"data set {type(dataset).__name__} in worker {worker}")
+            rng.restore(streams)
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
@@ -123,13 +127,26 @@ class _Drawn(NamedTuple):
     digest: int
 
 
+_State: TypeAlias = "list[Any]"  # of this process: global streams, then what the loader's parts carry
+
+
+class _Again(NamedTuple):
+    """What it takes to draw from a sampler as far as another process did."""
+
+    how_far: _Drawn
+    first: _State | None  # of the process, at the first draw
+    turns: int  # empty turns to give first
+
+
 class _Stream:
     """One iteration over the sampler, counted; and repeated from a count."""
 
-    def __init__(self, source: Iterator[Any], again: _Drawn | None, turns: int) -> None:
-        self._source, self._again, self._turns = source, again, turns
+    def __init__(self, source: Iterator[Any], again: _Again | None, chain: _Chain) -> None:
+        self._source, self._again, self._chain = source, again, chain
         self._queue: deque[Any] = deque()
         self._digest = xxhash.xxh3_64()
+        self._replayed: rng.State = {}  # the streams as a repetition, with nothing drawn between, has them
+        self.first: _State | None = None
         self.drawn, self.ended, self.stopped = 0, False, False
 
     def __iter__(self) -> _Stream:
@@ -145,17 +162,35 @@ class _Stream:
         return self._draw()
 
     def _draw(self) -> Any:
+        if self.first is None:
+            self.first = self._chain.parent_state()
+            self._replayed = self._chain.streams() if self._chain.draws_late else {}
+        before = self._chain.streams() if self._chain.draws_late else {}
         try:
             indices = next(self._source)
         except StopIteration:
             self.ended = True
             raise
+        finally:
+            if before:
+                self._compare(before)
         self.drawn += 1
-        try:
-            self._digest.update(marshal.dumps(indices, 2))
-        except ValueError:
-            pass  # indices of a type of the user's: counted, not compared
+        self._digest.update(_bytes_of(indices))
         return indices
+
+    def _compare(self, before: rng.State) -> None:
+        """Refuse a sampler and a training that take turns in drawing from one stream."""
+        after = self._chain.streams()
+        for stream, state in before.items():
+            if after.get(stream) == state:
+                continue
+            if self._replayed.get(stream, state) != state:
+                raise RegisterError(
+                    f"the sampler of the loader '{self._chain.name}' draws from the stream '{stream}' batch after "
+                    "batch, and so does something else between two batches; a resume could not repeat its draws "
+                    "alone. Give the sampler a generator of its own, or let it draw everything when it begins"
+                )
+            self._replayed[stream] = after[stream]
 
     def repeat(self) -> None:
         """Draw again what was drawn; queue what had not been handed out.
@@ -163,25 +198,26 @@ class _Stream:
         The sampler may draw from a shared generator, also once more when it ends, so at every boundary it
         must have been asked exactly as often as in the uninterrupted run.
         """
-        again, self._again = self._again, None
-        if again is None:
+        if self._again is None:
             return
-        self._queue.extend(_EmptyTurn() for _ in range(self._turns))
+        (again, first, turns), self._again = self._again, None
+        self._queue.extend(_EmptyTurn() for _ in range(turns))
+        if first is not None:
+            self._chain.set_parent_state(first)
         try:
             for n in range(again.drawn):
                 indices = self._draw()
                 if n >= again.handed_out:
                     self._queue.append(indices)
             if again.ended:
-                next(iter(self._draw, None), None)
+                self._draw()
         except StopIteration:
             pass
         if (self.drawn, self.ended, self.digest()) != (again.drawn, again.ended, again.digest):
             raise RestoreError(
-                "the sampler did not repeat the indices it had given before the checkpoint: its length or "
-                "its order depends on something that is not saved (a changed data set, a counter of its own "
-                "without state_dict, the hash seed); give it state_dict/load_state_dict, or draw from the "
-                "global or its own generator only"
+                f"the sampler of the loader '{self._chain.name}' did not repeat the indices that it had given "
+                "before the checkpoint: they depend on something that is not saved (another data set, an object "
+                "that the training changes, the hash seed); give it state_dict and load_state_dict"
             )
 
     def digest(self) -> int:
@@ -189,30 +225,40 @@ class _Stream:
         return value
 
 
+def _bytes_of(indices: Any) -> bytes:
+    try:
+        return marshal.dumps(indices, 2)
+    except ValueError:  # not plain Python
+        if isinstance(indices, (list, tuple)):
+            return b",".join(_bytes_of(index) for index in indices)
+        if hasattr(indices, "tolist"):  # NumPy, torch
+            return _bytes_of(indices.tolist())
+        return type(indices).__name__.encode()  # of the user's own: counted, not compared
+
+
 class _Sampler:
     """The sampler as torch's loader sees it."""
 
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-        self.stream = _Stream(iter(()), None, 0)
-        self.prepare(None, 0, None)
+    def __init__(self, sampler: Any, chain: _Chain) -> None:
+        self.sampler, self._chain = sampler, chain
+        self.stream = _Stream(iter(()), None, chain)
+        self.prepare(None, None)
 
-    def prepare(self, again: _Drawn | None, turns: int, before_second: Callable[[], None] | None) -> None:
+    def prepare(self, again: _Again | None, before_second: Callable[[], None] | None) -> None:
         """Say how the next iteration begins.
 
         Args:
             again: how far to repeat an earlier one.
-            turns: empty turns to give first.
             before_second: called before torch asks the second time (a loader with workers does).
         """
-        self._again, self._turns, self._before_second, self._asked = again, turns, before_second, 0
+        self._again, self._before_second, self._asked = again, before_second, 0
 
     def __iter__(self) -> Iterator[Any]:
         self._asked += 1
         if self._asked == 2 and self._before_second is not None:
             self._before_second()
         # iter() of the user's sampler runs here, as often as torch asks: eager ones draw in it
-        self.stream = _Stream(iter(self.sampler), self._again, self._turns)
+        self.stream = _Stream(iter(self.sampler), self._again, self._chain)
         return self.stream
 
     def __len__(self) -> int:
@@ -220,10 +266,6 @@ class _Sampler:
 
 
 # ---- in the training process ---------------------------------------------------------------------
-
-
-def _stateful(value: Any) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 class DataLoader(TorchDataLoader[T]):
@@ -264,11 +306,16 @@ class _Chain:
     ) -> None:
         self.loader, self.name, self.loop = loader, name, f"loader:{name}"
         self.position, self.on_head = position, on_head
-        self.saved: dict[str, Any] | None = None  # the checkpoint's state, until the loop goes on
-        self.workers: dict[int, bytes] = {}  # each worker's random state after its last batch handed out
-        self.birth: list[Any] | None = None  # random state under which persistent workers were born
-        self.sampler = _Sampler(None)
+        self.thread = threading.get_ident()
+        self.saved: dict[str, Any] | None = None  # the checkpoint's state
+        self.workers: dict[int, bytes] = {}  # each worker's state after its last batch handed out
+        self.birth: _State | None = None  # the state under which persistent workers were born
         self.on_batch: Callable[[str, Any], None] | None = None  # told of every batch, to record it
+        samplers = list(_samplers(loader.batch_sampler, loader.sampler))
+        stateless = [sampler for sampler in samplers if not carried.is_stateful(sampler)]
+        self._attributes = [carried.Attributes(sampler, loader.dataset) for sampler in stateless]
+        self.draws_late = not all(map(_draws_at_first, samplers))
+        self.sampler = _Sampler(None, self)
         self._inner: TorchDataLoader[Any] | None = None
         self._pass: _Pass | None = None
 
@@ -286,29 +333,60 @@ class _Chain:
         batch_sampler = self.loader.batch_sampler
         return self.loader.sampler if batch_sampler is None else batch_sampler
 
-    # ---- the random state of this process that the loader draws from
+    # ---- what the loader draws from and carries in this process
 
-    def _generators(self) -> list[rng.Generator]:
-        return rng.find_generators(self.loader.generator, self.loader.sampler, self.loader.batch_sampler)
+    def _carriers(self) -> list[carried.Carrier]:
+        loader = self.loader
+        parts = (loader.generator, loader.sampler, loader.batch_sampler, loader.dataset)
+        found = carried.find(*parts, loader.collate_fn, loader.worker_init_fn)
+        return found + self._attributes
 
-    def parent_state(self) -> list[Any]:
-        sampler = self.index_sampler
-        own = sampler.state_dict() if _stateful(sampler) else None
-        return [rng.capture(), [rng.get(g) for g in self._generators()], own]
+    def parent_state(self) -> _State:
+        return [rng.capture(), carried.get(self._carriers())]
 
-    def set_parent_state(self, state: list[Any], *, sampler: bool = False) -> None:
-        if sampler and state[2] is not None:
-            self.index_sampler.load_state_dict(state[2])
-        rng.put_all(self._generators(), state[1], f"sampler of the loader '{self.name}'")
+    def set_parent_state(self, state: _State) -> None:
+        carried.put(self._carriers(), state[1], f"the loader '{self.name}'")
         rng.restore(state[0])
+
+    def streams(self) -> rng.State:
+        """Return the state of every generator that a sampler could draw from."""
+        own = [carrier for carrier in self._carriers() if isinstance(carrier, rng.GENERATORS)]
+        named = {f"{type(g).__module__}.{type(g).__name__} {n}": rng.get(g) for n, g in enumerate(own)}
+        return {**rng.capture(), **named}
+
+    def refuse_new_carriers(self, before: int) -> None:
+        """Refuse generators that were made while the first batch was."""
+        carried.refuse_new(before, len(self._carriers()), f"the loader '{self.name}'")
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return all but the place in the running pass, as tensors and plain data."""
+        if self._pass is not None:
+            self._pass.drain()
+        return {
+            "now": _to_plain(self.parent_state()),
+            "workers": {worker: _to_plain(pickle.loads(data)) for worker, data in self.workers.items()},
+            "birth": self.birth and _to_plain(self.birth),
+        }
+
+    def set_snapshot(self, saved: dict[str, Any]) -> None:
+        """Go back to a snapshot; the global streams are left alone. The next pass has new workers."""
+        self.recall(saved)
+        self._inner = None
+        carried.put(self._carriers(), _from_plain(saved["now"])[1], f"the loader '{self.name}'")
+
+    def recall(self, saved: dict[str, Any]) -> None:
+        """Take the workers' states from a snapshot."""
+        workers = saved["workers"].items()
+        self.workers = {worker: pickle.dumps(_from_plain(state), protocol=5) for worker, state in workers}
+        self.birth = saved["birth"] and _from_plain(saved["birth"])
 
     # ---- passes
 
     def iterate(self) -> Iterator[Any]:
-        what, mark = self.position.begin(self.loop)
         if self._pass is not None:
             self._pass.leave()
             self._pass.drain()
+        what, mark = self.position.begin(self.loop)
         if what == "skip":
             return iter(())
         self._pass = _Pass(self, mark)
@@ -320,22 +398,20 @@ class _Chain:
             self._pass.start()
         return _Batches(self._pass)
 
-    def build(
-        self, again: _Drawn | None, turns: int, before_second: Callable[[], None] | None
-    ) -> Iterator[Any]:
+    def build(self, again: _Again | None, before_second: Callable[[], None] | None) -> Iterator[Any]:
         """Begin an iteration of torch's loader; the arguments are those of `_Sampler.prepare`."""
         loader = self.loader
         if self._inner is None or not self.persistent or again is not None:
             continued = again is not None or before_second is not None
-            self.sampler = _Sampler(self.index_sampler)
+            collate = _Collate(loader.collate_fn)
+            init = _InitWorker(loader.worker_init_fn, collate, dict(self.workers) if continued else {})
+            self.sampler = _Sampler(self.index_sampler, self)
             options: dict[str, Any] = {
                 "num_workers": loader.num_workers,
-                "collate_fn": _Collate(loader.collate_fn),
+                "collate_fn": collate,
                 "pin_memory": loader.pin_memory,
                 "timeout": loader.timeout,
-                "worker_init_fn": _InitWorker(
-                    loader.worker_init_fn, loader.collate_fn, dict(self.workers) if continued else {}
-                ),
+                "worker_init_fn": init,
                 "multiprocessing_context": loader.multiprocessing_context,
                 "generator": loader.generator,
                 "prefetch_factor": loader.prefetch_factor,
@@ -348,15 +424,15 @@ class _Chain:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch said it when the user's loader was built
                 self._inner = TorchDataLoader(_Dataset(loader.dataset), **options)
-        self.sampler.prepare(again, turns, before_second)
+        self.sampler.prepare(again, before_second)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batches = iter(self._inner)
         if loader.num_workers == 0:
             self.sampler.stream.repeat()
-        for _ in range(turns):
+        for _ in range(again.turns if again else 0):
             next(batches)
-        self.sampler.prepare(None, 0, None)
+        self.sampler.prepare(None, None)
         return batches
 
     def fraction(self) -> float:
@@ -374,69 +450,74 @@ class _Chain:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's place as tensors and plain data."""
+        place = self._pass.state_dict() if self._pass is not None and self._pass.running else None
+        return {"built": self._built(), **self.snapshot(), "pass": place}
+
+    def _built(self) -> dict[str, Any]:
+        """Return what must not change while a run goes on."""
         loader = self.loader
-        if self._pass is not None:
-            self._pass.drain()
-        own = rng.find_generators(loader.dataset, loader.collate_fn) if loader.num_workers == 0 else []
+        names = ("num_workers", "prefetch_factor", "persistent_workers", "batch_size", "drop_last")
+        try:
+            length = len(loader.dataset)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            length = None
         return {
-            "num_workers": loader.num_workers,
-            "prefetch_factor": loader.prefetch_factor,
-            "now": _to_plain(self.parent_state()),
-            "own": [rng.to_tensor(rng.get(g)) for g in own],
-            "workers": {worker: _to_plain(pickle.loads(data)) for worker, data in self.workers.items()},
-            "birth": self.birth and _to_plain(self.birth),
-            "pass": self._pass.state_dict() if self._pass is not None and self._pass.running else None,
+            **{name: getattr(loader, name) for name in names},
+            "sampler": type(loader.sampler).__name__,
+            "batch_sampler": type(loader.batch_sampler).__name__,
+            "length of the data set": length,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state for the loader's next pass.
 
         Raises:
-            RestoreError: the loader has other workers than the one that was saved.
+            RestoreError: the loader is not the one that was saved.
         """
-        for key in ("num_workers", "prefetch_factor"):
-            mine = getattr(self.loader, key)
-            if state[key] != mine:
+        for name, mine in self._built().items():
+            found = state["built"][name]
+            if found != mine:
                 raise RestoreError(
-                    f"the loader '{self.name}' has {key}={mine}, the checkpoint was taken with {state[key]}: "
-                    f"its workers' random streams could not be continued; set {key}={state[key]}"
+                    f"the loader '{self.name}' has {name} {mine}, the checkpoint was taken with {found}: its "
+                    "batches could not be continued; build it as it was, or start a new run"
                 )
         self.saved = state
-        self.recall()
-
-    def recall(self) -> None:
-        """Take the workers' states from the checkpoint."""
-        assert self.saved is not None
-        workers = self.saved["workers"].items()
-        self.workers = {worker: pickle.dumps(_from_plain(state), protocol=5) for worker, state in workers}
-        self.birth = self.saved["birth"] and _from_plain(self.saved["birth"])
 
     def go_on(self) -> None:
         """Undo what the walk to the checkpoint's place did to this loader."""
-        if self.saved is None:
+        saved = self.saved
+        if saved is None:
             return
-        if self._pass is not None and self._pass.resumed:
-            if self._pass.handed_out != self.saved["pass"]["drawn"][0]:
-                self._pass.resume()
-        else:
-            self.recall()
-            self._inner = None
-        now = _from_plain(self.saved["now"])
-        rng.put_all(self._generators(), now[1], f"sampler of the loader '{self.name}'")
-        own = rng.find_generators(self.loader.dataset, self.loader.collate_fn)
-        if self.loader.num_workers == 0:
-            states = [rng.from_tensor(tensor) for tensor in self.saved["own"]]
-            rng.put_all(own, states, f"data set of the loader '{self.name}'")
+        running = self._pass if self._pass is not None and self._pass.running else None
+        if saved["pass"] is None or running is None:
+            self.set_snapshot(saved)
+            return
+        if not running.resumed or running.handed_out != saved["pass"]["drawn"][0]:
+            running.resume()
+        carried.put(self._carriers(), _from_plain(saved["now"])[1], f"the loader '{self.name}'")
 
 
-def _to_plain(state: list[Any]) -> list[Any]:
-    streams, generators, *rest = state
-    return [rng.to_tensors(streams), [rng.to_tensor(g) for g in generators], *rest]
+def _samplers(*roots: Any) -> Iterator[Any]:
+    """Yield the samplers, and those that they hold."""
+    for root in roots:
+        if root is not None:
+            yield root
+            inner = getattr(root, "__dict__", {}).values()
+            yield from _samplers(*(value for value in inner if isinstance(value, Sampler)))
 
 
-def _from_plain(state: list[Any]) -> list[Any]:
-    streams, generators, *rest = state
-    return [rng.from_tensors(streams), [rng.from_tensor(g) for g in generators], *rest]
+def _draws_at_first(sampler: Any) -> bool:
+    """Whether it is known to draw from a generator when it begins, and at its end, only."""
+    own = type(sampler).__module__.partition(".")[0] == "torch"
+    return own and not getattr(sampler, "replacement", False)
+
+
+def _to_plain(state: _State) -> list[Any]:
+    return [rng.to_tensors(state[0]), carried.to_plain(state[1])]
+
+
+def _from_plain(state: list[Any]) -> _State:
+    return [rng.from_tensors(state[0]), carried.from_plain(state[1])]
 
 
 class _Pass:
@@ -445,7 +526,8 @@ class _Pass:
     def __init__(self, chain: _Chain, mark: Mark) -> None:
         self.chain, self._mark = chain, mark
         self._batches: Iterator[Any] = iter(())
-        self._began: list[Any] = []  # the parent's random state when the pass began
+        self._began: _State = []  # the process's state when the pass began
+        self._bore = False  # whether persistent workers were born with it
         self._in_flight = False
         self.handed_out = 0
         self.running = True
@@ -457,45 +539,57 @@ class _Pass:
         self._began = began = chain.parent_state()
         before_second = None
         if not chain.persistent or chain.birth is None:
-            chain.birth = began if chain.persistent else None
+            self._bore = chain.persistent
+            chain.birth = began if self._bore else None
             chain.workers = {}
-        elif chain._inner is None:  # workers of an earlier process: born again, then as they were left
+        elif chain.inner is None:  # workers of an earlier process: born again, then as they were left
             chain.set_parent_state(chain.birth)
             before_second = lambda: chain.set_parent_state(began)  # noqa: E731
-        self._batches = chain.build(None, 0, before_second)
+        self._batches = chain.build(None, before_second)
 
     def resume(self) -> None:
-        """Move to the checkpoint's batch; no item is loaded, the random state stays as it is."""
+        """Move to the checkpoint's batch; no item is loaded, the process's state stays as it is."""
         chain = self.chain
         assert chain.saved is not None
-        chain.recall()
+        chain.recall(chain.saved)
         saved = chain.saved["pass"]
-        again = _Drawn(*saved["drawn"])
+        how_far = _Drawn(*saved["drawn"])
         self._began = began = _from_plain(saved["began"])
-        self.handed_out, self.resumed = again.handed_out, True
+        self._bore = saved["bore"]
+        self.handed_out, self.resumed = how_far.handed_out, True
         workers = chain.loader.num_workers
-        exhausted = workers > 0 and again.ended and again.handed_out == again.drawn
+        exhausted = workers > 0 and how_far.ended and how_far.handed_out == how_far.drawn
+        turns = 0 if exhausted or not workers else how_far.handed_out % workers
+        again = _Again(how_far, saved["first"] and _from_plain(saved["first"]), turns)
         if exhausted and not chain.persistent:  # only the end of the loop is left, which needs no worker
-            chain.sampler.stream = _Stream(iter(()), None, 0)
-            chain.sampler.stream.drawn, chain.sampler.stream.ended = again.drawn, True
+            chain.sampler = _Sampler(None, chain)
+            chain.sampler.stream.drawn, chain.sampler.stream.ended = how_far.drawn, True
             return
         present = chain.parent_state()
-        chain.set_parent_state(began, sampler=True)
         before_second = None
-        if chain.birth is not None and chain.birth != began:
+        chain.set_parent_state(began)
+        if chain.birth is not None and not self._bore:
             chain.set_parent_state(chain.birth)
             before_second = lambda: chain.set_parent_state(began)  # noqa: E731
-        turns = 0 if exhausted or not workers else again.handed_out % workers
-        self._batches = chain.build(again, turns, before_second)
+        self._batches = chain.build(again, before_second)
         chain.set_parent_state(present)
 
     def state_dict(self) -> dict[str, Any]:
         stream = self.chain.sampler.stream
-        drawn = _Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())
-        return {"began": _to_plain(self._began), "drawn": list(drawn)}
+        return {
+            "began": _to_plain(self._began),
+            "bore": self._bore,
+            "first": stream.first and _to_plain(stream.first),
+            "drawn": list(_Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
+        }
 
     def next(self) -> Any:
         chain = self.chain
+        if threading.get_ident() != chain.thread:
+            raise RegisterError(
+                f"the loader '{chain.name}' is used from a thread that did not register it; it would run ahead of "
+                "run.step() by an unknown number of batches. Give the loader workers (num_workers=) instead"
+            )
         chain.on_head(self._mark)
         try:
             batch = next(self._batches)
@@ -506,6 +600,8 @@ class _Pass:
             batch, worker, state = batch
             chain.workers[worker] = state
         self.handed_out += 1
+        if self.handed_out == 1 and self._began:
+            chain.refuse_new_carriers(len(self._began[1]))
         chain.position.advance(self._mark)
         if chain.on_batch is not None:
             chain.on_batch(chain.name, batch)
@@ -522,7 +618,7 @@ class _Pass:
         self.chain.position.end(self._mark, exhausted=exhausted)
 
     def close(self) -> None:
-        self._in_flight = False
+        self.running = self._in_flight = False
         self._batches = iter(())
 
     def drain(self) -> None:
@@ -550,9 +646,7 @@ class _Batches(Iterator[Any]):
         self._pass.leave()
 
 
-def bind(
-    loader: DataLoader[Any], name: str, position: Position, on_head: Callable[[Mark], None]
-) -> _Chain:
+def bind(loader: DataLoader[Any], name: str, position: Position, on_head: Callable[[Mark], None]) -> _Chain:
     """Make a loader resumable within a run.
 
     Raises:

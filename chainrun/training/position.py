@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import rng
 
 Begin = Literal["fresh", "skip", "resume"]
 
@@ -40,7 +39,7 @@ class Pass:
     home: int  # the scope in which a resumed function begins it again, as an index
     ordinal: int  # the how-manyth pass over this loop since that scope began
     began: int  # tick
-    boundaries: int  # of the whole function, when it began
+    boundaries: int  # of this process, when it began
     advanced: int | None = None  # tick at which it last handed something out
 
 
@@ -52,8 +51,9 @@ class Scope:
     began: int  # tick
     inherited: dict[str, Pass]  # passes that were running when the scope began
     passes: dict[str, int] = field(default_factory=dict)
-    glances: dict[str, list[int]] = field(default_factory=dict)  # passes left early that held no boundary
+    glances: dict[str, list[int]] = field(default_factory=dict)  # passes to run again on the walk
     boundaries: int = 0
+    quiet: bool = True  # no boundary was passed since it began, in inner scopes neither
     ended: dict[str, Any] | None = None  # the last pass that ended: loop, ordinal, boundaries, random state
 
 
@@ -63,9 +63,17 @@ class Position:
     Args:
         target: what `capture` returned when the checkpoint was taken, None for a fresh start.
         go_on: called when the walk arrives; restores everything registered and the random state.
+        random_state: returns everything random, as tensors and plain data.
+        set_random_state: sets it.
     """
 
-    def __init__(self, target: dict[str, Any] | None, go_on: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        target: dict[str, Any] | None,
+        go_on: Callable[[], None],
+        random_state: Callable[[], Any],
+        set_random_state: Callable[[Any], None],
+    ) -> None:
         self._tick = 0
         self._scopes = [Scope(None, 0, {})]
         self._running: dict[str, Pass] = {}
@@ -73,7 +81,8 @@ class Position:
         self._waiting: dict[str, dict[str, Any]] = (
             {} if target is None else {p["loop"]: p for p in target["running"]}
         )
-        self._go_on = go_on
+        self._go_on, self._random_state, self._set_random_state = go_on, random_state, set_random_state
+        self.over = False  # the segment ends: what ends with it does not count
         self.walking = target is not None
         self.boundaries = 0  # passed by this process, the walk's not counted
 
@@ -104,6 +113,7 @@ class Position:
         waiting = self._waiting.get(new.loop)
         if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
             del self._waiting[new.loop]
+            new.boundaries = -1  # it has passed some in an earlier process
             return "resume"
         saved = self._saved_scope()
         if saved is None or inherited or new.ordinal in saved["glances"].get(new.loop, ()):
@@ -116,7 +126,7 @@ class Position:
             )
         ended = saved["ended"]
         if ended and (ended["loop"], ended["ordinal"]) == (new.loop, new.ordinal):
-            rng.restore(rng.from_tensors(ended["rng"]))  # code between two loops draws what it drew then
+            self._set_random_state(ended["random"])  # code between two loops draws what it drew then
             self._scopes[-1].boundaries = ended["boundaries"]
         return "skip"
 
@@ -135,10 +145,8 @@ class Position:
         """The walk is at its end: go on."""
         assert self._target is not None
         for scope, saved in zip(self._scopes, self._target["scopes"], strict=True):
-            ended = saved["ended"]
             scope.passes, scope.glances = saved["passes"], saved["glances"]
-            scope.boundaries = saved["boundaries"]
-            scope.ended = ended and {**ended, "rng": rng.from_tensors(ended["rng"])}
+            scope.boundaries, scope.quiet, scope.ended = saved["boundaries"], saved["quiet"], saved["ended"]
         self.walking = False
         self._go_on()
 
@@ -158,19 +166,20 @@ class Position:
 
     def end(self, ended: Pass, *, exhausted: bool) -> None:
         """The pass is over (`exhausted`), or was left early."""
-        if self._running.get(ended.loop) is not ended:
+        if self.over or self._running.get(ended.loop) is not ended:
             return  # a newer pass has taken its place
         del self._running[ended.loop]
         scope = self._scopes[-1]
         if ended.home != len(self._scopes) - 1 or ended.loop in scope.inherited:
             return
-        if not exhausted and ended.boundaries == self.boundaries:
+        repeats = not exhausted or scope.quiet  # a look at the first batch, statistics before the training
+        if repeats and ended.boundaries == self.boundaries and scope.loop != "steps":
             scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
         scope.ended = {
             "loop": ended.loop,
             "ordinal": ended.ordinal,
             "boundaries": scope.boundaries,
-            "rng": rng.capture(),
+            "random": self._random_state(),
         }
 
     def push(self, loop: str) -> None:
@@ -199,6 +208,8 @@ class Position:
         """
         scope = self._scopes[-1]
         scope.boundaries += 1
+        for each in self._scopes:
+            each.quiet = False
         if not self.walking:
             self.boundaries += 1
             return True
@@ -245,7 +256,8 @@ class Position:
                     "passes": dict(s.passes),
                     "glances": {loop: list(ordinals) for loop, ordinals in s.glances.items()},
                     "boundaries": s.boundaries,
-                    "ended": s.ended and {**s.ended, "rng": rng.to_tensors(s.ended["rng"])},
+                    "quiet": s.quiet,
+                    "ended": s.ended,
                 }
                 for s in self._scopes
             ],

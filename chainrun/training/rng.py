@@ -7,19 +7,14 @@ opens (NumPy's own tuple it refuses), and are compared and fingerprinted without
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 import struct
-import types
 from array import array
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-
-from chainrun.errors import RestoreError
 
 State: TypeAlias = dict[str, bytes]
 Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
@@ -150,55 +145,6 @@ def to_tensors(state: State) -> dict[str, torch.Tensor]:
 def from_tensors(state: dict[str, torch.Tensor]) -> State:
     """Return what `to_tensors` was given."""
     return {name: from_tensor(tensor) for name, tensor in state.items()}
-
-
-def _children(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        yield from value.values() if len(value) <= _WIDTH else ()
-    elif isinstance(value, (list, tuple)):
-        yield from value if len(value) <= _WIDTH else ()
-    elif isinstance(value, types.MethodType):
-        yield value.__self__
-    elif isinstance(value, functools.partial):
-        yield from (value.func, *value.args, *value.keywords.values())
-    else:
-        yield from getattr(value, "__dict__", {}).values()
-
-
-_LEAVES = (int, float, complex, str, bytes, type(None), type, types.ModuleType, torch.Tensor, np.ndarray)
-_DEPTH, _WIDTH = 6, 64  # how deep attributes are followed; longer containers hold data, not generators
-
-
-def put_all(generators: list[Generator], states: list[bytes], where: str) -> None:
-    """Set the generators found somewhere to the states of those found there before.
-
-    Raises:
-        RestoreError: there are not as many as there were.
-    """
-    if len(generators) != len(states):
-        raise RestoreError(
-            f"{where}: {len(generators)} random generators were found, {len(states)} when the checkpoint was "
-            "taken; create them when the object is built, not while it is used, and always the same ones"
-        )
-    for generator, state in zip(generators, states, strict=True):
-        put(generator, state)
-
-
-def find_generators(*roots: Any) -> list[Generator]:
-    """Return the generators reachable through attributes and small containers, in a fixed order."""
-    found: list[Generator] = []
-    seen: set[int] = set()
-    stack = [(root, _DEPTH) for root in reversed(roots)]
-    while stack:
-        value, depth = stack.pop()
-        if id(value) in seen or isinstance(value, _LEAVES):
-            continue
-        seen.add(id(value))
-        if isinstance(value, GENERATORS):
-            found.append(value)
-        elif depth:
-            stack.extend((child, depth - 1) for child in reversed(list(_children(value))))
-    return found
 
 
 class Registered:

@@ -101,7 +101,8 @@ class Run:
         self.restored_from: Committed | None = None
         self._saved = self._load()
         self.resumed = self._saved is not None
-        self._position = Position(self._saved and self._saved["position"], self._go_on)
+        target = self._saved and self._saved["position"]
+        self._position = Position(target, self._go_on, self._random_state, self._set_random_state)
         self._watch = Watch(
             **setting.watch,
             stop_file=self._run.stop,
@@ -137,7 +138,9 @@ class Run:
         """
         for name, thing in objects.items():
             if name in self._objects or name in self._loaders:
-                raise RegisterError(f"register({name}=...) was called twice; every name stands for one object")
+                raise RegisterError(
+                    f"register({name}=...) was called twice; every name stands for one object"
+                )
             if id(thing) in self._registered:
                 raise RegisterError(
                     f"register({name}=...) was given the object that is registered as "
@@ -152,8 +155,8 @@ class Run:
                     chain.load_state_dict(saved)
             else:
                 self._objects[name] = self._adapt(name, thing)
-                if saved is not None:
-                    self._objects[name].load_state_dict(saved)
+                if saved is not None and not isinstance(thing, rng.GENERATORS):
+                    self._objects[name].load_state_dict(saved)  # generators come last, as all that is random
             self._registered[id(thing)] = (name, thing)
             if isinstance(thing, torch.nn.Module):
                 self._size += 3 * sum(parameter.nbytes for parameter in thing.parameters())
@@ -174,12 +177,7 @@ class Run:
         return state.adapt(name, thing)
 
     def _saved_for(self, name: str) -> Any:
-        if self._saved is None:
-            if self.resumed and self._position.walking is False:
-                raise RegisterError(
-                    f"register({name}=...) came after the loop had gone on from step {self.global_step}; "
-                    "register everything before the loop"
-                )
+        if self._saved is None:  # at a fresh start, and where the function has gone on to its next phase
             return None
         for kind in ("objects", "loaders"):
             if name in self._saved[kind]:
@@ -232,7 +230,9 @@ class Run:
         """The function has come to the place of the checkpoint: from here on it is the same training."""
         saved = self._saved
         assert saved is not None
-        missing = [n for n in (*saved["objects"], *saved["loaders"]) if n not in {*self._objects, *self._loaders}]
+        missing = [
+            n for n in (*saved["objects"], *saved["loaders"]) if n not in {*self._objects, *self._loaders}
+        ]
         if missing:
             raise RestoreError(
                 f"the checkpoint at step {saved['global_step']} holds '{missing[0]}', which the function has not "
@@ -242,38 +242,54 @@ class Run:
             thing.load_state_dict(saved["objects"][name])
         for chain in self._loaders.values():
             chain.go_on()
-        self.state.clear()
-        self.state.update(copy.deepcopy(saved["state"]))
+        state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = None
         rng.restore(rng.from_tensors(saved["rng"]))
+
+    def _random_state(self) -> dict[str, Any]:
+        """Return all that is random, and where the loaders' workers are, as tensors and plain data."""
+        generators = {n: o.state_dict() for n, o in self._objects.items() if isinstance(o, rng.Registered)}
+        loaders = {name: chain.snapshot() for name, chain in self._loaders.items()}
+        return {"global": rng.to_tensors(rng.capture()), "generators": generators, "loaders": loaders}
+
+    def _set_random_state(self, saved: dict[str, Any]) -> None:
+        """Go back to it, as far as its owners are registered by now."""
+        for name, chain in self._loaders.items():
+            if name in saved["loaders"]:
+                chain.set_snapshot(saved["loaders"][name])
+        for name in saved["generators"].keys() & self._objects.keys():
+            self._objects[name].load_state_dict(saved["generators"][name])
+        rng.restore(rng.from_tensors(saved["global"]))
 
     # ---- loops ---------------------------------------------------------------------------------
 
     def epochs(self, n: int) -> Iterator[int]:
         """Yield the epochs' indices 0 … n-1; a resumed run enters the interrupted one again."""
         if self._position.inside is not None:
-            raise RegisterError("run.epochs() inside run.epochs() or run.steps() cannot be resumed; use one range")
+            raise RegisterError(
+                "run.epochs() inside run.epochs() or run.steps() cannot be resumed; use one range"
+            )
         what, mark = self._position.begin("epochs")
         if what == "skip":
             return
         place = self._resume_range("epochs", what)
         for index in range(place["index"], n):
-            self._ranges["epochs"] = {"index": index, "of": n, "rng": None}
+            self._ranges["epochs"] = {"index": index, "of": n, "random": None}
             if place["entered"]:
                 # the code between `for epoch` and the loader runs again and draws what it drew then
-                rng.restore(rng.from_tensors(place["rng"]))
+                self._set_random_state(place["random"])
             else:
                 self._at_head(mark)
             place["entered"] = False
             self.epoch = index
-            self._ranges["epochs"] = {"index": index, "of": n, "rng": rng.capture()}
+            self._ranges["epochs"] = {"index": index, "of": n, "random": self._random_state()}
             self._position.push("epochs")
             try:
                 yield index
             finally:
                 self._position.pop()
-        self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "rng": None}
+        self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
         self._at_head(mark)
         self._position.end(mark, exhausted=True)
 
@@ -291,14 +307,14 @@ class Run:
         place = self._resume_range("steps", what)
         try:
             for index in range(place["index"], n):
-                self._ranges["steps"] = {"index": index, "of": n, "rng": None}
+                self._ranges["steps"] = {"index": index, "of": n, "random": None}
                 self._at_head(mark)
                 before = self.global_step
                 self._position.advance(mark)
                 yield index
                 if self.global_step == before:
                     self.step()
-            self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "rng": None}
+            self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
             self._at_head(mark)
         finally:
             self._position.pop()
@@ -310,7 +326,7 @@ class Run:
         if what == "resume":
             assert self._saved is not None
             saved = self._saved["ranges"][loop]
-            place = {**saved, "entered": saved["rng"] is not None}
+            place = {**saved, "entered": saved["random"] is not None}
             if self._position.owns(loop):
                 self._position.arrive()
                 place["entered"] = False
@@ -414,21 +430,18 @@ class Run:
         if wish.kind == "stop":
             self._ended = wish
             self._watch.pending, self._next = True, 0  # a function that catches it gets it again
+            self._position.over = True
             raise SegmentEnd(wish)
 
     def _tree(self, owner: str | None) -> dict[str, Any]:
         """This rank's state, ready to be written."""
-        ranges = {
-            loop: {**place, "rng": place["rng"] and rng.to_tensors(place["rng"])}
-            for loop, place in self._ranges.items()
-        }
         return {
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
             "loaders": {name: chain.state_dict() for name, chain in self._loaders.items()},
             "state": self.state,
             "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
-            "ranges": ranges,
+            "ranges": self._ranges,
             "global_step": self.global_step,
             "epoch": self.epoch,
             "metrics": self._metrics.flush() if self.is_main else 0,
@@ -502,6 +515,8 @@ class Run:
 
     def _finish(self, result: Any) -> None:
         """The function has returned: keep what it trained."""
+        if self._ended is not None:
+            raise SegmentEnd(self._ended)  # the function caught the first one, and left its loops
         if self._position.walking:
             raise RestoreError(
                 "the function returned before it came to the place where the checkpoint at step "

@@ -1,0 +1,235 @@
+"""One training function as the plain PyTorch program and as chainrun carries it, cut anywhere, in this process.
+
+A function under test is called as ``train(run, DataLoader)``. `plain` gives it a stand-in for `Run`, whose
+ranges are Python's, and torch's own loader: no line of chainrun runs. `cut` gives it a real `Run` and
+`chainrun.DataLoader`, stops it where told, and starts it again from its first line on the same directory.
+What a function logs and returns is compared; `marks` are everything that must be equal at a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import chainrun
+from chainrun.allocation import Allocation
+from chainrun.training.run import Setting
+from chainrun.training.stop import SegmentEnd, Wish
+
+Train = Callable[[Any, Any], Any]
+
+
+def digest(*values: Any) -> str:
+    """Return a fingerprint of tensors and plain values, dtype and shape included."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, (list, tuple)):
+            found.update(digest(*value).encode())
+        elif isinstance(value, dict):
+            found.update(digest(*(item for pair in value.items() for item in pair)).encode())
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()[:12]
+
+
+def random_state() -> str:
+    """Return a fingerprint of the three global generators."""
+    name, keys, *rest = np.random.get_state()
+    return digest(random.getstate(), name, keys.tolist(), rest, torch.get_rng_state())
+
+
+def marks(batch: Any = None, *things: Any) -> dict[str, str]:
+    """Return what must be equal at a step: the batch, the random state, the state of some objects."""
+    found = {"batch": digest(batch), "random": random_state()}
+    for index, thing in enumerate(things):
+        found[f"state{index}"] = digest(thing.state_dict() if hasattr(thing, "state_dict") else thing)
+    return found
+
+
+def seed() -> None:
+    """Seed as a segment does before it calls the function."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+class PlainRun:
+    """Stands for `chainrun.Run` in the plain program: ranges, and a list for the metrics."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+        self.lines: list[dict[str, Any]] = []
+        self.global_step = self.epoch = 0
+        self.resumed = False
+
+    def register(self, **objects: Any) -> None:
+        pass
+
+    def epochs(self, n: int) -> Iterator[int]:
+        for self.epoch in range(n):
+            yield self.epoch
+
+    def steps(self, n: int) -> Iterator[int]:
+        for index in range(n):
+            before = self.global_step
+            yield index
+            if self.global_step == before:
+                self.step()
+
+    def step(self, **metrics: Any) -> None:
+        self.global_step += 1
+        if metrics:
+            self.log(**metrics)
+
+    def poll(self) -> None:
+        pass
+
+    def save(self) -> None:
+        pass
+
+    def log(self, **metrics: Any) -> None:
+        plain = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in metrics.items()}
+        self.lines.append({"step": self.global_step, **plain})
+
+
+@dataclass
+class Trained:
+    """What came out of a training."""
+
+    lines: list[dict[str, Any]]
+    result: Any
+    random: str
+    segments: int = 1
+    said: list[str] = field(default_factory=list)
+    stopped_at: list[int] = field(default_factory=list)
+    """The global step at which each segment but the last ended."""
+
+    def difference(self, other: Trained) -> str | None:
+        """Say where the other training differs first, None where it is identical."""
+        for mine, its in zip(self.lines, other.lines, strict=False):
+            if mine != its:
+                keys = [key for key in {**mine, **its} if mine.get(key) != its.get(key)]
+                return f"at step {mine['step']}: {', '.join(keys)} differ: {mine} and {its}"
+        if len(self.lines) != len(other.lines):
+            return f"{len(self.lines)} and {len(other.lines)} logged lines"
+        if self.result != other.result:
+            return f"results {self.result} and {other.result}"
+        return None if self.random == other.random else "the random state at the end"
+
+
+def plain(train: Train) -> Trained:
+    """Run the plain program."""
+    run = PlainRun()
+    seed()
+    result = train(run, torch.utils.data.DataLoader)
+    return Trained(json.loads(json.dumps(run.lines)), result, random_state())
+
+
+@dataclass
+class Segment:
+    """One segment of a chain; makes its `Run`, and closes it."""
+
+    dir: Path
+    interrupt_at: Iterable[int] = ()
+    after: int | None = None
+    """Stop at the boundary of this number in the segment, be it a step or a poll."""
+    said: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> chainrun.Run:
+        allocation = Allocation(interrupt_at=frozenset(self.interrupt_at))
+        seed()
+        self.run = run = chainrun.Run(self.dir, setting=Setting(allocation=allocation, say=self.said.append))
+        if self.after is not None:
+            due = self.after
+            run._watch.pending = True
+            run._watch.decide = lambda boundary: Wish("stop", "test") if boundary >= due else None  # type: ignore[method-assign]
+        return run
+
+    def __exit__(self, *exc: object) -> None:
+        self.run._close()
+
+
+def cut(
+    train: Train | Sequence[Train],
+    steps: Iterable[int] = (),
+    *,
+    after: Sequence[int] = (),
+    dir: Path | None = None,
+    most: int = 60,
+) -> Trained:
+    """Carry the function through segments until it returns.
+
+    Args:
+        train: the function; of several, one a segment, the last for all others.
+        steps: global steps at which a segment ends.
+        after: for the first segments, the number of boundaries after which each ends.
+        dir: the run directory, by default a fresh one.
+        most: more segments than this fail.
+    """
+    if dir is None:
+        with tempfile.TemporaryDirectory() as fresh:
+            return cut(train, steps, after=after, dir=Path(fresh), most=most)
+    functions = [train] if callable(train) else list(train)
+    said: list[str] = []
+    stopped: list[int] = []
+    for number in range(most):
+        segment = Segment(dir, steps, after[number] if number < len(after) else None, said)
+        with segment as run:
+            try:
+                result = functions[min(number, len(functions) - 1)](run, chainrun.DataLoader)
+                state = random_state()
+                run._finish(None)
+            except SegmentEnd:
+                stopped.append(run.global_step)
+                continue
+        return Trained(metrics(dir), result, state, number + 1, said, stopped)
+    raise AssertionError(f"no end after {most} segments; they stopped at {stopped}")
+
+
+def metrics(dir: Path) -> list[dict[str, Any]]:
+    file = dir / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def sweep(train: Train, steps: int, *, quick: bool = False) -> Trained:
+    """Check that a training of so many steps is the plain one, uncut and cut everywhere; return the plain one.
+
+    Args:
+        quick: three chains whose cuts cover every step together, instead of every single cut as well.
+    """
+    reference = plain(train)
+    every = range(1, steps + 1)
+    chains: list[Iterable[int]] = [(), every, every[1::3], every[2::4]]
+    if not quick:
+        chains += [(step,) for step in every]
+    for cuts in chains:
+        trained = cut(train, cuts)
+        difference = reference.difference(trained)
+        assert difference is None, f"cut at {list(cuts)}: {difference}"
+        # a cut after which no loop asks for a turn is not needed: the function has returned
+        assert trained.stopped_at == list(cuts)[: len(trained.stopped_at)]
+        assert len(trained.stopped_at) >= len(list(cuts)) - 1
+    return reference
+
+
+def sweep_boundaries(train: Train, boundaries: int) -> Trained:
+    """As `sweep`, for cuts at every boundary, steps and polls; one cut a chain, and one at every boundary."""
+    reference = plain(train)
+    for after in [*((n,) for n in range(1, boundaries + 1)), (1,) * boundaries]:
+        trained = cut(train, after=after)
+        difference = reference.difference(trained)
+        assert difference is None, f"cut after {after} boundaries: {difference}"
+        assert trained.segments > 1
+    return reference
