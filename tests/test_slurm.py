@@ -233,6 +233,21 @@ def test_a_job_submitted_ahead_goes_on_and_none_is_left_over(slurm_cluster, tmp_
     slurm_cluster.wait_job(jobs[2], {"CANCELLED"}, 30)
 
 
+def test_a_chain_submitted_from_python_gives_its_result(slurm_cluster, tmp_path):
+    """`chainrun.submit` returns a handle that waits for the run and has what the function returned."""
+    code = f"""
+import chainrun
+chain = chainrun.submit({str(PROGRAMS / "chained.py:train")!r}, name="python", dir="runs",
+    args={{"trace": {str(tmp_path / "trace")!r}, "epochs": 1}}, slurm={{"time": "5min"}})
+assert chain.state in ("queued", "running"), chain.state
+assert chain.wait(90) == "done"
+print(chain.result(), chain.checkpoints[0].step)
+"""
+    done = slurm_cluster.run(sys.executable, "-c", code, cwd=tmp_path, timeout=120)
+    assert "weights" in done.stdout
+    assert done.stdout.split()[-1] == "12"
+
+
 def test_dry_run_shows_the_script_with_every_option(slurm_cluster, tmp_path):
     """What SLURM would be given can be read before it is given."""
     chain = Chain(
