@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -9,6 +10,7 @@ from typing import Any, BinaryIO, cast
 import torch
 import xxhash
 
+from chainrun.checkpoint.state import nbytes
 from chainrun.errors import CheckpointError
 
 CHUNK = 16 << 20
@@ -48,22 +50,25 @@ def write(path: Path, tree: Any) -> tuple[int, str]:
             file.flush()
             os.fsync(file.fileno())
     except Exception as error:
-        raise CheckpointError(f"{path} could not be written: {_reason(error, path)}") from error
+        with contextlib.suppress(OSError):
+            path.unlink()  # what is free without it is what the message tells
+        raise CheckpointError(f"{path} could not be written: {_reason(error, path, tree)}") from error
     return hashing.size, hashing.digest
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, path: Path, tree: Any) -> str:
     """Torch's writer turns an error of the disk into one of its own; say what the disk said."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return _first_line(error) if cause is None else said(cause, path.parent)
+    return _first_line(error) if cause is None else said(cause, path.parent, needed=nbytes(tree))
 
 
-def said(error: OSError, folder: Path) -> str:
-    """Return what the disk of a folder said, and how much of it is free."""
+def said(error: OSError, folder: Path, needed: int = 0) -> str:
+    """Return what the disk of a folder said, how much of it is free, and how much a file needed."""
     free = os.statvfs(folder)
-    return f"{error.strerror} ({free.f_bavail * free.f_frsize / 1e6:.1f} MB free)"
+    needs = f"{needed / 1e6:.1f} MB needed, " if needed else ""
+    return f"{error.strerror} ({needs}{free.f_bavail * free.f_frsize / 1e6:.1f} MB free)"
 
 
 def _first_line(error: Exception) -> str:

@@ -153,6 +153,8 @@ def check(tree: Any, path: str) -> None:
         RegisterError: names the path and the type.
     """
     kind = type(tree)
+    if kind is bytes and not tree:
+        raise RegisterError(f"{path} is empty bytes, which a checkpoint cannot hold; use None")
     if kind is int and tree.bit_length() >= _INT_BITS:
         raise RegisterError(
             f"{path} is an int of {tree.bit_length()} bits; a checkpoint holds up to {_INT_BITS - 1}"
