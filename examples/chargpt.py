@@ -104,7 +104,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def train(
     run: chainrun.Run,
-    steps: int = 500,
+    steps: int = 400,
     lr: float = 2e-3,
     batch_size: int = 16,
     context: int = 64,
@@ -117,6 +117,7 @@ def train(
     evaluate_batches: int = 10,
 ) -> dict[str, float | str]:
     """Train; return the loss on unseen text, in nats a character, and what the model writes."""
+    torch.set_num_threads(1)  # a model this small gains little from a second thread
     text = read_text(characters)
     vocabulary = sorted(set(text))
     number = {character: index for index, character in enumerate(vocabulary)}

@@ -84,7 +84,7 @@ def learning_rate(step, steps, peak):
 
 def train(
     trace,
-    steps=500,
+    steps=400,
     lr=2e-3,
     batch_size=16,
     context=64,
@@ -99,6 +99,7 @@ def train(
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     text = read_text(characters)
     vocabulary = sorted(set(text))
     number = {character: index for index, character in enumerate(vocabulary)}
