@@ -43,6 +43,7 @@ class Chain:
             capture_output=True,
             text=True,
             timeout=120,
+            check=False,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr

@@ -227,9 +227,9 @@ def test_all_ranks_settle_on_one_boundary_in_any_interleaving(tmp_path, seed):
             waits = bench.watch.pending and not bench.watch._decided.is_set()
             if not waits:
                 bench.boundary += 1
-                if bench.watch.pending and bench.watch._decided.is_set():
-                    if bench.watch.decide(bench.boundary):
-                        stopped[rank] = bench.boundary
+                decided = bench.watch.pending and bench.watch._decided.is_set()
+                if decided and bench.watch.decide(bench.boundary):
+                    stopped[rank] = bench.boundary
         if len(stopped) == ranks:
             break
     assert len(stopped) == ranks

@@ -15,7 +15,18 @@ PROGRAM = Path(__file__).parent / "programs" / "faulty.py"
 def verify(folder: Path, fault: str) -> tuple[int, dict]:
     file = folder / "exp.yaml"
     file.write_text(json.dumps({"function": f"{PROGRAM}:train", "args": {"fault": fault}}))
-    command = [sys.executable, "-m", "chainrun", "verify", str(file), "--steps", "12", "--cuts", "4", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "chainrun",
+        "verify",
+        str(file),
+        "--steps",
+        "12",
+        "--cuts",
+        "4",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
     return done.returncode, json.loads(done.stdout) if done.stdout else {"text": done.stderr}
 
