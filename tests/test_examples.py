@@ -55,9 +55,6 @@ WARNINGS = [
     "error",
     "ignore:This DataLoader will create:UserWarning",  # four workers, on a machine with fewer processors
     "ignore:This process:DeprecationWarning",  # Python 3.12 on every fork beside a thread; torch forks workers
-    # torch's scheduler looks whether this *process* has stepped the optimizer; one that resumes after an
-    # epoch's last batch has not
-    "ignore:Detected call of:UserWarning",
 ]
 # a plain program, and then the proof that it was one
 PLAINLY = """

@@ -98,6 +98,8 @@ class _Optimizer:
                     live = optimizer.state[parameter][key]
                     if isinstance(value, torch.Tensor) and live.dtype != value.dtype:
                         optimizer.state[parameter][key] = value.to(live.device, copy=True)
+        # an earlier process has called step(): else a scheduler warns that it was called first
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 class _Other:
