@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from chain import PlainRun, Segment, cut, digest, marks, plain, sweep, sweep_boundaries
+from chain import cut, digest, marks, plain, sweep
 from torch.utils import data
 
 import chainrun
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training.stop import SegmentEnd
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -372,3 +371,286 @@ def test_workers_of_every_kind_are_exact_at_every_cut(name: str) -> None:
     """Numbers of workers, prefetching, worker_init_fn and workers that live over the epochs."""
     steps, options = WORKERS[name]
     sweep(training(**{"shuffle": True, **options}), steps, quick=True)
+
+
+# ---- several loaders, and loops left early -----------------------------------------------------------
+
+
+def parts() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Linear(4, 2).double()
+    return model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def learn(run: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *batches: torch.Tensor) -> None:
+    """One optimization step, on everything that is given."""
+    loss = sum(model(torch.nn.functional.dropout(x, 0.2)).square().mean() for x in batches)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    run.step(loss=loss, **marks(batches, model))
+
+
+WORKER_KINDS: dict[str, dict[str, Any]] = {
+    "no workers": {},
+    "two workers": {"num_workers": 2},
+    "persistent": {"num_workers": 2, "persistent_workers": True},
+}
+each_kind = pytest.mark.parametrize("kind", WORKER_KINDS)
+
+
+@each_kind
+def test_two_zipped_loaders(kind: str) -> None:
+    """Both loaders go on at their own places, also where the shorter one ends the loop."""
+    options = WORKER_KINDS[kind]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        long = DataLoader(Noisy(9), batch_size=2, shuffle=True, **options)
+        short = DataLoader(Noisy(8), batch_size=2, shuffle=True, **options)
+        run.register(model=model, optimizer=optimizer, long=long, short=short)
+        for epoch in run.epochs(2):
+            order = (long, short) if epoch else (short, long)
+            for x, y in zip(*order, strict=False):
+                learn(run, model, optimizer, x, y)
+        return digest(model.state_dict())
+
+    sweep(train, 8, quick=kind != "no workers")
+
+
+@each_kind
+def test_training_and_evaluation_loaders_in_turn(kind: str) -> None:
+    """An evaluation over a registered loader follows each epoch; a cut comes before or after it as a whole."""
+    options = WORKER_KINDS[kind]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        loader = DataLoader(Noisy(7), batch_size=2, shuffle=True, **options)
+        held_out = DataLoader(Noisy(4), batch_size=2, shuffle=True, **options)
+        run.register(model=model, optimizer=optimizer, loader=loader, held_out=held_out)
+        for _ in run.epochs(3):
+            for x in loader:
+                learn(run, model, optimizer, x)
+            run.log(accuracy=sum(model(x).sum() for x in held_out), **marks(torch.rand(2)))
+        return digest(model.state_dict())
+
+    sweep(train, 12, quick=kind != "no workers")
+
+
+@each_kind
+def test_endless_second_loader_held_over_the_epochs(kind: str) -> None:
+    """As FixMatch does: ``it = iter(unlabeled)`` once, ``next(it)`` every step, begun again where it ends."""
+    options = WORKER_KINDS[kind]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        labeled = DataLoader(Noisy(6), batch_size=2, shuffle=True, **options)
+        unlabeled = DataLoader(Noisy(8), batch_size=2, shuffle=True, **options)
+        model, optimizer = parts()
+        run.register(model=model, optimizer=optimizer, labeled=labeled, unlabeled=unlabeled)
+        it = iter(unlabeled)
+        torch.rand(3)  # lazily drawn permutations are drawn after this
+        for _ in run.epochs(4):
+            for x in labeled:
+                try:
+                    u = next(it)
+                except StopIteration:
+                    it = iter(unlabeled)
+                    u = next(it)
+                learn(run, model, optimizer, x, u)
+        return digest(model.state_dict())
+
+    sweep(train, 12, quick=kind != "no workers")
+
+
+@each_kind
+def test_loop_left_by_break(kind: str) -> None:
+    """A ``break`` after some batches, with what was prefetched beyond it thrown away."""
+    options = WORKER_KINDS[kind]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        loader = DataLoader(Noisy(20), batch_size=2, shuffle=True, **options)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(3):
+            for x in loader:
+                learn(run, model, optimizer, x)
+                run.state["n"] = run.state.get("n", 0) + 1
+                if run.state["n"] % 3 == 0:
+                    break
+            run.log(drawn=torch.rand(()))
+        return digest(model.state_dict())
+
+    sweep(train, 9, quick=kind != "no workers")
+
+
+@each_kind
+def test_look_at_the_first_batch_before_the_loop(kind: str) -> None:
+    """``next(iter(loader))`` before the training, and before each epoch, gives the same batch on a resume."""
+    options = WORKER_KINDS[kind]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        loader = DataLoader(Noisy(6), batch_size=2, shuffle=True, **options)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        sample = next(iter(loader))
+        for _ in run.epochs(3):
+            other = next(iter(loader))
+            for x in loader:
+                learn(run, model, optimizer, x, sample, other)
+        return digest(model.state_dict())
+
+    sweep(train, 9, quick=kind != "no workers")
+
+
+@each_kind
+def test_pass_over_the_data_before_the_training(kind: str) -> None:
+    """Statistics gathered over the registered loader are the same on a resume, not those of no batches."""
+    options = WORKER_KINDS[kind]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        loader = DataLoader(Noisy(6), batch_size=2, shuffle=True, **options)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        mean = sum(x.sum() for x in loader)
+        for _ in run.epochs(2):
+            offset = sum(x.sum() for x in loader)
+            for x in loader:
+                learn(run, model, optimizer, x - mean - offset)
+        return digest(model.state_dict(), mean)
+
+    sweep(train, 6, quick=kind != "no workers")
+
+
+def test_data_set_used_by_the_training_process_too() -> None:
+    """Workers begin an epoch with the data set as the training process then has it."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        items = Own()
+        loader = DataLoader(items, batch_size=4, shuffle=True, num_workers=2)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(3):
+            for x in loader:
+                learn(run, model, optimizer, x, items[0][None])
+        return digest(model.state_dict())
+
+    sweep(train, 9, quick=True)
+
+
+def test_spawned_workers() -> None:
+    """Workers that are not forked are set to the same state."""
+    train = training(epochs=1, shuffle=True, num_workers=1, multiprocessing_context="spawn")
+    reference = plain(train)
+    assert reference.difference(cut(train, (3,))) is None
+
+
+def test_unregistered_loader_is_torchs() -> None:
+    """Without `register` nothing is added: the same batches, the same draws."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        loader = DataLoader(Noisy(), batch_size=3, shuffle=True, num_workers=1)
+        return digest([x for _ in range(2) for x in loader])
+
+    assert plain(train).difference(cut(train)) is None
+
+
+# ---- refused -----------------------------------------------------------------------------------------
+
+
+class Stream(data.IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(range(10))
+
+
+def test_iterable_dataset_is_refused_when_the_loader_is_built() -> None:
+    """What cannot be exact is said at once, with what to do."""
+    with pytest.raises(RegisterError, match=r"IterableDataset \(Stream\); only map-style"):
+        chainrun.DataLoader(Stream())
+
+
+def test_batches_out_of_order_are_refused_when_the_loader_is_built() -> None:
+    """Their order depends on timing."""
+    with pytest.raises(RegisterError, match="in_order=False"):
+        chainrun.DataLoader(Noisy(), num_workers=1, in_order=False)
+    chainrun.DataLoader(Noisy(), in_order=False)  # means nothing without workers
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "num_workers": ({"num_workers": 2}, "num_workers 2, the checkpoint was taken with 1"),
+    "no workers": ({"num_workers": 0}, "num_workers 0, the checkpoint was taken with 1"),
+    "prefetch_factor": ({"prefetch_factor": 3}, "prefetch_factor 3, the checkpoint was taken with 2"),
+    "persistent_workers": ({"persistent_workers": True}, "persistent_workers True"),
+    "batch_size": ({"batch_size": 4}, "batch_size 4, the checkpoint was taken with 3"),
+    "drop_last": ({"drop_last": True}, "drop_last True"),
+    "shuffle": ({"shuffle": True}, "sampler RandomSampler, the checkpoint was taken with SequentialSampler"),
+    "length": ({"dataset": lambda: Noisy(11)}, "length of the data set 11, the checkpoint was taken with 10"),
+}
+
+
+@pytest.mark.parametrize("after", [2, 4])
+@pytest.mark.parametrize("what", CHANGES)
+def test_loader_built_otherwise_is_refused_at_resume(what: str, after: int) -> None:
+    """Whether it was cut within an epoch or between two: the batches could not be continued."""
+    changed, message = CHANGES[what]
+    before = training(num_workers=1, epochs=2)
+    with pytest.raises(RestoreError, match=message):
+        cut([before, training(**{"num_workers": 1, "epochs": 2, **changed})], (after,))
+
+
+def test_sampler_that_does_not_repeat_is_refused_at_resume() -> None:
+    """A sampler whose indices depend on what is not saved is found out before its batches are used."""
+    first = training(sampler=Made(lambda d: [*range(10)]))
+    other = training(sampler=Made(lambda d: [*range(1, 10), 0]))
+    with pytest.raises(RestoreError, match="sampler of the loader 'loader' did not repeat"):
+        cut([first, other], (2,))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sampler_that_takes_turns_with_the_training_is_refused_at_once(workers: int) -> None:
+    """Draws of a sampler, one a batch, from the stream the training draws from cannot be repeated alone."""
+    train = training(sampler=Made(lambda d: Interleaved(10)), num_workers=workers, batch_size=1)
+    with pytest.raises(RegisterError, match="draws from the stream 'python' batch after batch"):
+        cut(train)
+
+
+class Late(Noisy):
+    """Makes its generator when it is first used."""
+
+    generator: Any = None
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.generator is None:
+            self.generator = np.random.default_rng(index)
+        return super().__getitem__(index) + self.generator.normal()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_generator_made_while_loading_is_refused_at_once(workers: int) -> None:
+    """A resumed process could not know of it; the first batch says so, not the resume."""
+    with pytest.raises(RegisterError, match="create them when the object is built"):
+        cut(training(Late, num_workers=workers))
+
+
+def test_loader_used_from_another_thread_is_refused() -> None:
+    """A prefetching thread runs ahead of the training by an unknown number of batches."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        loader = DataLoader(Noisy())
+        run.register(loader=loader)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(next, iter(loader)).result()
+
+    with pytest.raises(RegisterError, match="used from a thread"):
+        cut(train)
+
+
+def test_two_passes_at_the_same_time_are_refused() -> None:
+    """One loader in two running loops could not be told apart."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        loader = DataLoader(Noisy())
+        run.register(loader=loader)
+        for _ in zip(loader, loader, strict=True):
+            run.step()
+
+    with pytest.raises(RegisterError, match="two passes over the loader 'loader'"):
+        cut(train)

@@ -363,16 +363,17 @@ class _Chain:
         if self._pass is not None:
             self._pass.drain()
         return {
-            "now": _to_plain(self.parent_state()),
+            "carried": carried.to_plain(carried.get(self._carriers())),
             "workers": {worker: _to_plain(pickle.loads(data)) for worker, data in self.workers.items()},
             "birth": self.birth and _to_plain(self.birth),
         }
 
     def set_snapshot(self, saved: dict[str, Any]) -> None:
         """Go back to a snapshot; the global streams are left alone. The next pass has new workers."""
-        self.recall(saved)
-        self._inner = None
-        carried.put(self._carriers(), _from_plain(saved["now"])[1], f"the loader '{self.name}'")
+        if self._pass is None or not self._pass.running:
+            self.recall(saved)
+            self._inner = None
+        carried.put(self._carriers(), carried.from_plain(saved["carried"]), f"the loader '{self.name}'")
 
     def recall(self, saved: dict[str, Any]) -> None:
         """Take the workers' states from a snapshot."""
@@ -384,6 +385,7 @@ class _Chain:
 
     def iterate(self) -> Iterator[Any]:
         if self._pass is not None:
+            self._pass.superseded = self._pass.running
             self._pass.leave()
             self._pass.drain()
         what, mark = self.position.begin(self.loop)
@@ -489,12 +491,10 @@ class _Chain:
         if saved is None:
             return
         running = self._pass if self._pass is not None and self._pass.running else None
-        if saved["pass"] is None or running is None:
-            self.set_snapshot(saved)
-            return
-        if not running.resumed or running.handed_out != saved["pass"]["drawn"][0]:
-            running.resume()
-        carried.put(self._carriers(), _from_plain(saved["now"])[1], f"the loader '{self.name}'")
+        if saved["pass"] is not None and running is not None:
+            if not running.resumed or running.handed_out != saved["pass"]["drawn"][0]:
+                running.resume()
+        self.set_snapshot(saved)
 
 
 def _samplers(*roots: Any) -> Iterator[Any]:
@@ -532,6 +532,7 @@ class _Pass:
         self.handed_out = 0
         self.running = True
         self.resumed = False
+        self.superseded = False
 
     def start(self) -> None:
         """Begin at the first batch."""
@@ -590,6 +591,11 @@ class _Pass:
                 f"the loader '{chain.name}' is used from a thread that did not register it; it would run ahead of "
                 "run.step() by an unknown number of batches. Give the loader workers (num_workers=) instead"
             )
+        if self.superseded:
+            raise RegisterError(
+                f"two passes over the loader '{chain.name}' are used at the same time; a resume could not tell "
+                "them apart: build and register a second loader for the second loop"
+            )
         chain.on_head(self._mark)
         try:
             batch = next(self._batches)
@@ -615,6 +621,8 @@ class _Pass:
         self._in_flight = self.chain.persistent and not exhausted
         if not self._in_flight:
             self._batches = iter(())  # ends the workers, as the end of torch's own iterator does
+        if not self.chain.persistent:
+            self.chain.workers = {}
         self.chain.position.end(self._mark, exhausted=exhausted)
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ class Pass:
     began: int  # tick
     boundaries: int  # of this process, when it began
     advanced: int | None = None  # tick at which it last handed something out
+    depth: int = 0  # how many scopes there were then
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Scope:
     glances: dict[str, list[int]] = field(default_factory=dict)  # passes to run again on the walk
     boundaries: int = 0
     quiet: bool = True  # no boundary was passed since it began, in inner scopes neither
-    ended: dict[str, Any] | None = None  # the last pass that ended: loop, ordinal, boundaries, random state
+    ended: dict[str, Any] = field(default_factory=dict)  # by pass: boundaries and random state at its end
 
 
 class Position:
@@ -124,8 +125,8 @@ class Position:
                 f"the checkpoint was taken ({self.describe_target()}): its loops have changed since; go back "
                 "to the code that wrote the checkpoint, or start a new run"
             )
-        ended = saved["ended"]
-        if ended and (ended["loop"], ended["ordinal"]) == (new.loop, new.ordinal):
+        ended = saved["ended"].get(f"{new.loop} {new.ordinal}")
+        if ended is not None:
             self._set_random_state(ended["random"])  # code between two loops draws what it drew then
             self._scopes[-1].boundaries = ended["boundaries"]
         return "skip"
@@ -154,15 +155,18 @@ class Position:
         """The pass hands something out.
 
         Raises:
-            RegisterError: a newer pass over the same loop has begun.
+            RegisterError: the function holds a batch that a resumed one could not have.
         """
         self._tick += 1
+        if running.advanced is not None and running.depth < len(self._scopes):
+            if self._scopes[running.depth - 1].began <= running.advanced:
+                raise RegisterError(
+                    f"a batch of '{running.loop}' was taken before run.{self.inside}() began, and more are taken "
+                    "from the same iterator inside: a batch fetched ahead is lost by a cut. Take every batch in "
+                    "the turn that uses it; for a look at the first one, use an iterator of its own"
+                )
+        running.depth = len(self._scopes)
         running.advanced = self._tick
-        if self._running.get(running.loop) is not running:
-            raise RegisterError(
-                f"two passes over '{running.loop}' are used at the same time; a resume could not tell them "
-                "apart: build and register a second loader for the second loop"
-            )
 
     def end(self, ended: Pass, *, exhausted: bool) -> None:
         """The pass is over (`exhausted`), or was left early."""
@@ -173,14 +177,13 @@ class Position:
         if ended.home != len(self._scopes) - 1 or ended.loop in scope.inherited:
             return
         repeats = not exhausted or scope.quiet  # a look at the first batch, statistics before the training
-        if repeats and ended.boundaries == self.boundaries and scope.loop != "steps":
+        if scope.loop == "steps":
+            return  # no turn of it is begun again
+        if repeats and ended.boundaries == self.boundaries:
             scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
-        scope.ended = {
-            "loop": ended.loop,
-            "ordinal": ended.ordinal,
-            "boundaries": scope.boundaries,
-            "random": self._random_state(),
-        }
+        else:
+            state = {"boundaries": scope.boundaries, "random": self._random_state()}
+            scope.ended[f"{ended.loop} {ended.ordinal}"] = state
 
     def push(self, loop: str) -> None:
         """A turn of `epochs`, or a `steps` range, begins."""
@@ -257,7 +260,7 @@ class Position:
                     "glances": {loop: list(ordinals) for loop, ordinals in s.glances.items()},
                     "boundaries": s.boundaries,
                     "quiet": s.quiet,
-                    "ended": s.ended,
+                    "ended": dict(s.ended),
                 }
                 for s in self._scopes
             ],

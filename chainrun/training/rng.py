@@ -68,7 +68,11 @@ def get(generator: Generator) -> bytes:
         return _python_bytes(generator.getstate())
     if isinstance(generator, np.random.RandomState):
         return _numpy_bytes(generator.get_state(legacy=False))
-    return _numpy_bytes(generator.bit_generator.state)
+    state = dict(generator.bit_generator.state)
+    seeds = generator.bit_generator.seed_seq
+    if isinstance(seeds, np.random.SeedSequence):  # what spawn() draws from
+        state["seeds"] = seeds.state
+    return _numpy_bytes(state)
 
 
 def put(generator: Generator, state: bytes) -> None:
@@ -80,7 +84,12 @@ def put(generator: Generator, state: bytes) -> None:
     elif isinstance(generator, np.random.RandomState):
         generator.set_state(_numpy_state(state))
     else:
-        generator.bit_generator.state = _numpy_state(state)
+        values = _numpy_state(state)
+        seeds = values.pop("seeds", None)
+        generator.bit_generator.state = values
+        if seeds is not None:  # as unpickling does
+            sequence = np.random.SeedSequence(**{**seeds, "spawn_key": tuple(seeds["spawn_key"])})
+            generator.bit_generator.__setstate__((generator.bit_generator.state, sequence))
 
 
 def _accelerator() -> tuple[str, Any, int] | None:

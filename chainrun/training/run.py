@@ -273,25 +273,29 @@ class Run:
         what, mark = self._position.begin("epochs")
         if what == "skip":
             return
-        place = self._resume_range("epochs", what)
-        for index in range(place["index"], n):
-            self._ranges["epochs"] = {"index": index, "of": n, "random": None}
-            if place["entered"]:
-                # the code between `for epoch` and the loader runs again and draws what it drew then
-                self._set_random_state(place["random"])
-            else:
-                self._at_head(mark)
-            place["entered"] = False
-            self.epoch = index
-            self._ranges["epochs"] = {"index": index, "of": n, "random": self._random_state()}
-            self._position.push("epochs")
-            try:
-                yield index
-            finally:
-                self._position.pop()
-        self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
-        self._at_head(mark)
-        self._position.end(mark, exhausted=True)
+        exhausted = False
+        try:
+            place = self._resume_range("epochs", what)
+            for index in range(place["index"], n):
+                self._ranges["epochs"] = {"index": index, "of": n, "random": None}
+                if place["entered"]:
+                    # the code between `for epoch` and the loader runs again and draws what it drew then
+                    self._set_random_state(place["random"])
+                else:
+                    self._at_head(mark)
+                place["entered"] = False
+                self.epoch = index
+                self._ranges["epochs"] = {"index": index, "of": n, "random": self._random_state()}
+                self._position.push("epochs")
+                try:
+                    yield index
+                finally:
+                    self._position.pop()
+            self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
+            self._at_head(mark)
+            exhausted = True
+        finally:
+            self._position.end(mark, exhausted=exhausted)
 
     def steps(self, n: int) -> Iterator[int]:
         """Yield the steps' indices 0 … n-1; the end of each turn is a step boundary.
@@ -304,8 +308,9 @@ class Run:
         if what == "skip":
             return
         self._position.push("steps")
-        place = self._resume_range("steps", what)
+        exhausted = False
         try:
+            place = self._resume_range("steps", what)
             for index in range(place["index"], n):
                 self._ranges["steps"] = {"index": index, "of": n, "random": None}
                 self._at_head(mark)
@@ -316,9 +321,10 @@ class Run:
                     self.step()
             self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
             self._at_head(mark)
+            exhausted = True
         finally:
             self._position.pop()
-        self._position.end(mark, exhausted=True)
+            self._position.end(mark, exhausted=exhausted)
 
     def _resume_range(self, loop: str, what: str) -> dict[str, Any]:
         """Return where a range starts; arrive where the checkpoint was taken at its head."""
@@ -356,7 +362,7 @@ class Run:
 
     def save(self) -> None:
         """Take a checkpoint at this boundary; all ranks call it."""
-        if not self._position.walking:
+        if not self._position.walking and self._due is None:
             self._wish(Wish("save", "requested"))
 
     def log(self, **metrics: Any) -> None:

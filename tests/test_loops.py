@@ -1,0 +1,724 @@
+"""Loops of every shape, cut at every boundary, equal the plain program; what cannot is refused or deferred."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chain import Segment, cut, digest, marks, metrics, plain, sweep, sweep_boundaries
+from torch.utils.data import TensorDataset
+
+import chainrun
+from chainrun.errors import RegisterError, RestoreError
+from chainrun.training.stop import SegmentEnd
+
+
+def parts() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Dropout(0.3), torch.nn.Linear(4, 1))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def items(n: int = 6) -> TensorDataset:
+    return TensorDataset(torch.arange(3.0 * n).reshape(n, 3) / n)
+
+
+def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(x[0] if isinstance(x, list) else x).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+class Tools:
+    """What most of the functions here need, registered."""
+
+    def __init__(self, run: Any, DataLoader: Any, n: int = 6, **more: Any) -> None:
+        self.run = run
+        self.model, self.optimizer = parts()
+        self.loader = DataLoader(items(n), batch_size=2, shuffle=True)
+        run.register(model=self.model, optimizer=self.optimizer, loader=self.loader, **more)
+
+    def learn(self, x: Any) -> None:
+        """Take one optimization step; not yet the boundary."""
+        self.loss = learn(self.model, self.optimizer, x)
+        self.marks = {"loss": self.loss, **marks(x, self.model, self.optimizer)}
+
+    def step(self) -> None:
+        self.run.step(**self.marks)
+
+    def result(self) -> str:
+        return digest(self.model.state_dict(), self.optimizer.state_dict())
+
+
+# ---- ranges ------------------------------------------------------------------------------------------
+
+
+def test_epochs_with_code_around_every_loop() -> None:
+    """Draws before, between and after the loops of an epoch are the same in a resumed one."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        second = DataLoader(items(4), batch_size=2, shuffle=True)
+        run.register(second=second)
+        first_noise = torch.rand(3)
+        for epoch in run.epochs(3):
+            before = torch.rand(3), random.random(), np.random.rand()
+            for x in t.loader:
+                t.learn(x[0] + before[0] + first_noise)
+                t.step()
+            between = torch.rand(3)
+            for x in second:
+                t.learn(x[0] + between + epoch)
+                t.step()
+            run.log(after=torch.rand(()), python=random.random())
+        return t.result()
+
+    sweep(train, 15)
+
+
+def test_plain_range_around_a_registered_loader() -> None:
+    """``for epoch in range(n)`` works as well: finished epochs give nothing and are gone through again."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in range(3):
+            before = torch.rand(3)
+            for x in t.loader:
+                t.learn(x[0] + before)
+                t.step()
+        return t.result()
+
+    sweep(train, 9)
+
+
+def test_steps_without_a_loader() -> None:
+    """Every turn is a boundary, and counts one step."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        run.register(model=model, optimizer=optimizer)
+        for step in run.steps(8):
+            loss = learn(model, optimizer, torch.rand(2, 3) + step)
+            run.log(loss=loss, **marks(loss, model, optimizer))
+        return digest(model.state_dict())
+
+    sweep(train, 8)
+
+
+def test_steps_with_batches_taken_by_hand() -> None:
+    """``next(it)``, begun again where it ends, as the plain program does."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        it = iter(t.loader)
+        for _ in run.steps(8):
+            try:
+                x = next(it)
+            except StopIteration:
+                it = iter(t.loader)
+                x = next(it)
+            t.learn(x)
+            t.step()
+        return t.result()
+
+    sweep(train, 8)
+
+
+def test_steps_with_a_cycle_generator() -> None:
+    """A generator that goes through the loader again and again."""
+
+    def cycle(loader: Any) -> Any:
+        while True:
+            yield from loader
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        batches = cycle(t.loader)
+        for _ in run.steps(8):
+            t.learn(next(batches))
+            t.step()
+        return t.result()
+
+    sweep(train, 8)
+
+
+def test_steps_inside_epochs() -> None:
+    """A range of steps in every epoch, with draws around it."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        run.register(model=model, optimizer=optimizer)
+        for epoch in run.epochs(3):
+            noise = torch.rand(3)
+            for step in run.steps(3):
+                loss = learn(model, optimizer, torch.rand(2, 3) + noise + epoch + step)
+                run.log(loss=loss, **marks(None, model, optimizer))
+            run.log(after=torch.rand(()))
+        return digest(model.state_dict())
+
+    sweep(train, 9)
+
+
+def test_several_ranges_one_after_the_other() -> None:
+    """A function of two phases, each with objects of its own, registered when the phase begins."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+        head = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.Adam(head.parameters())
+        second = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(head=head, head_optimizer=optimizer, second=second)
+        noise = torch.rand(3)
+        for _ in run.epochs(2):
+            for x in second:
+                run.step(loss=learn(head, optimizer, x[0] + noise), **marks(x, head))
+        for _ in run.steps(2):
+            run.log(loss=learn(head, optimizer, noise), **marks(noise, head))
+        return t.result() + digest(head.state_dict())
+
+    sweep(train, 16)
+
+
+def test_full_batch_training() -> None:
+    """One step an epoch, no loader."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        run.register(model=model, optimizer=optimizer)
+        x = torch.rand(4, 3)
+        for _ in run.epochs(6):
+            loss = learn(model, optimizer, x + torch.rand(3))
+            run.step(loss=loss, **marks(x, model, optimizer))
+            x = x.clone()
+            run.log(after=torch.rand(()))
+        return digest(model.state_dict())
+
+    sweep(train, 6)
+
+
+def test_torch_loader_inside_epochs() -> None:
+    """An unregistered loader's epoch is run again up to the boundary, from the epoch's random state."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        loader = torch.utils.data.DataLoader(items(), batch_size=2, shuffle=True)
+        run.register(model=model, optimizer=optimizer)
+        for _ in run.epochs(3):
+            for x in loader:
+                loss = learn(model, optimizer, x)
+                run.step(loss=loss, **marks(x, model, optimizer))
+            run.log(after=torch.rand(()))
+        return digest(model.state_dict())
+
+    sweep(train, 9)
+
+
+def test_more_epochs_than_before() -> None:
+    """A finished range may be made longer: the run goes on as if it had been that long."""
+
+    def upto(epochs: int) -> Any:
+        def train(run: Any, DataLoader: Any) -> str:
+            t = Tools(run, DataLoader)
+            for _ in run.epochs(epochs):
+                for x in t.loader:
+                    t.learn(x)
+                    t.step()
+            return t.result()
+
+        return train
+
+    reference = plain(upto(4))
+    for at in (5, 6):
+        assert reference.difference(cut([upto(2), upto(4)], (at,))) is None
+
+
+# ---- boundaries --------------------------------------------------------------------------------------
+
+
+def test_gradient_accumulation_with_one_step_for_several_batches() -> None:
+    """The boundary comes every third batch; the loader goes on after exactly those."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=12)
+        for _ in run.epochs(3):
+            t.optimizer.zero_grad()
+            run.state["batches"] = 0
+            for x in t.loader:
+                t.model(x[0]).square().mean().backward()
+                run.state["batches"] += 1
+                if run.state["batches"] % 3 == 0:
+                    t.optimizer.step()
+                    t.optimizer.zero_grad()
+                    run.step(**marks(x, t.model, t.optimizer))
+        return t.result()
+
+    sweep(train, 6)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradient_accumulation_with_a_boundary_at_every_batch(to_none: bool) -> None:
+    """Gradients that no optimizer step has used yet belong to the state."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=12)
+        other = torch.nn.Linear(3, 1)
+        sgd = torch.optim.SGD(other.parameters(), lr=0.1)
+        run.register(other=other, sgd=sgd)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                (t.model(x[0]).square().mean() + other(x[0]).mean()).backward()
+                if run.global_step % 3 == 2:
+                    t.optimizer.step()
+                    t.optimizer.zero_grad(set_to_none=to_none)
+                if run.global_step % 4 == 3:
+                    sgd.step()
+                    sgd.zero_grad(set_to_none=to_none)
+                run.step(**marks(x, t.model, t.optimizer, other))
+        return t.result() + digest(other.state_dict())
+
+    sweep(train, 12)
+
+
+def test_two_steps_for_one_batch() -> None:
+    """Both are boundaries; the cut comes when the body of both has run."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+                t.learn(x[0] + torch.rand(3))
+                t.step()
+                run.log(after=torch.rand(()))
+        return t.result()
+
+    reference = plain(train)
+    for at in range(1, 13):
+        assert reference.difference(cut(train, (at,))) is None
+
+
+def test_code_after_the_step_runs_once() -> None:
+    """What follows `run.step()` in the body has run before the cut, and does not run again."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(3):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+                run.state["after"] = [*run.state.get("after", []), torch.rand(()).item()]
+                run.log(after=run.state["after"][-1])
+        return t.result(), run.state["after"]
+
+    sweep(train, 9)
+
+
+def test_break_right_after_the_step() -> None:
+    """The boundary's loop asks for nothing more; the next loop's first turn is where the cut comes."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(4):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+                if run.global_step % 3 == 2:
+                    break
+            run.log(after=torch.rand(()))
+        return t.result()
+
+    reference = plain(train)
+    for at in range(1, 12):
+        assert reference.difference(cut(train, (at,))) is None
+    assert reference.difference(cut(train, range(1, 12))) is None
+
+
+def test_break_out_of_epochs_and_steps() -> None:
+    """Early stopping leaves the ranges; what follows them is trained exactly."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for epoch in run.epochs(9):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+            if epoch == 1:
+                break
+        noise = torch.rand(3)
+        for step in run.steps(9):
+            t.learn(noise + step)
+            t.step()
+            if step == 2:
+                break
+        for x in t.loader:
+            t.learn(x[0] + noise)
+            t.step()
+        return t.result()
+
+    reference = plain(train)
+    for cuts in [*((at,) for at in range(1, 13)), range(1, 13)]:
+        trained = cut(train, cuts)
+        assert (cuts, reference.difference(trained)) == (cuts, None)
+
+
+@pytest.mark.parametrize("kind", ["registered", "unregistered", "plain"])
+def test_poll_in_an_evaluation_loop(kind: str) -> None:
+    """A cut within a long evaluation: sums in `run.state` where its loader is registered, else done again."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        Loader = torch.utils.data.DataLoader if kind == "plain" else DataLoader
+        held_out = Loader(items(8), batch_size=2, shuffle=True)
+        if kind == "registered":
+            run.register(held_out=held_out)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+            sums = run.state if kind == "registered" else {}
+            sums["right"] = 0.0
+            for (x,) in held_out:
+                with torch.no_grad():
+                    sums["right"] += t.model(x + torch.rand(3)).sum().item()
+                run.poll()
+            run.log(right=sums["right"], **marks(torch.rand(3), t.model))
+        return t.result()
+
+    sweep_boundaries(train, 14)
+
+
+def test_poll_in_an_evaluation_inside_the_training_loop() -> None:
+    """It waits for the training loop's next turn: a cut in between would need the batch again."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        held_out = DataLoader(items(4), batch_size=2, shuffle=True)
+        run.register(held_out=held_out)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+                total = 0.0
+                for (y,) in held_out:
+                    total += t.model(y).sum().item()
+                    run.poll()
+                run.log(total=total, used=x[0].sum())
+        return t.result()
+
+    sweep_boundaries(train, 17)
+
+
+def test_nested_loaders_wait_for_the_outer_one(tmp_path: Path) -> None:
+    """An outer loader that holds a batch defers the cut until it is asked for the next."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        inner = DataLoader(items(4), batch_size=2, shuffle=True)
+        run.register(inner=inner)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                for y in inner:
+                    t.learn(x[0] + y[0])
+                    t.step()
+        return t.result()
+
+    reference = plain(train)
+    for at in range(1, 13):
+        trained = cut(train, (at,))
+        assert reference.difference(trained) is None
+        if trained.stopped_at:
+            assert trained.stopped_at == [at + at % 2]
+    assert any("has handed out a batch that is still in use" in line for line in cut(train, (1,)).said)
+
+
+def test_save_in_the_middle() -> None:
+    """A checkpoint asked for by the function changes nothing, and can be gone on from."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                run.save()
+                t.step()
+                if run.global_step == 4:
+                    run.save()
+            run.save()
+        return t.result()
+
+    sweep(train, 6)
+
+
+def test_boundaries_outside_of_every_range() -> None:
+    """``while`` and ``range`` loops of the function's own are gone through again, with a warning."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model, optimizer = parts()
+        run.register(model=model, optimizer=optimizer)
+        for _ in range(6):
+            x = torch.rand(2, 3)
+            run.step(loss=learn(model, optimizer, x), **marks(x, model, optimizer))
+        return digest(model.state_dict())
+
+    sweep(train, 6)
+    assert any("outside of run.epochs()" in line for line in cut(train, (2,)).said)
+
+
+# ---- what the function keeps -------------------------------------------------------------------------
+
+
+def test_state_is_carried_and_stays_the_same_objects() -> None:
+    """Lists and dicts taken out of `run.state` before the loop are still its own after a resume."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        t = Tools(run, DataLoader)
+        history = run.state.setdefault("history", [])
+        nested = run.state.setdefault("nested", {"best": 0.0, "sums": torch.zeros(2)})
+        sums = nested["sums"]
+        for _ in run.epochs(3):
+            for x in t.loader:
+                t.learn(x)
+                history.append(t.loss.item())
+                nested["best"] = max(nested["best"], t.loss.item())
+                sums += t.loss.item()
+                t.step()
+        kept = {k: run.state[k] for k in ("history", "nested")}
+        return t.result(), digest(kept), len(kept["history"])
+
+    reference = sweep(train, 9)
+    assert reference.result[2] == 9
+
+
+def test_state_is_there_from_the_first_line() -> None:
+    """A resumed function finds its values before it comes to any loop."""
+    seen = []
+
+    def train(run: Any, DataLoader: Any) -> None:
+        seen.append(dict(run.state))
+        for step in run.steps(3):
+            run.state["last"] = step
+
+    cut(train, (2,))
+    assert seen == [{}, {"last": 1}]
+
+
+def test_function_that_seeds_itself() -> None:
+    """Seeding in the first lines, as scripts do, does not win over the restored random state."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        torch.manual_seed(7)
+        np.random.seed(7)
+        random.seed(7)
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+        return t.result()
+
+    sweep(train, 6)
+
+
+def test_registered_generators_before_and_between_loops() -> None:
+    """Code that runs again before a loop draws from registered generators, too, what it drew then."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        generator, old = np.random.default_rng(1), np.random.RandomState(2)
+        python, own = random.Random(3), torch.Generator().manual_seed(4)
+        run.register(generator=generator, old=old, python=python, own=own)
+
+        def draw() -> float:
+            child = generator.spawn(1)[0]
+            draws = generator.normal(), old.normal(), python.gauss(0, 1), child.normal()
+            return float(sum(draws)) + torch.rand((), generator=own).item()
+
+        fixed = draw()
+        for _ in run.epochs(3):
+            before = draw()
+            for x in t.loader:
+                t.learn(x[0] + before + fixed + draw())
+                t.step()
+            between = draw()
+            for x in t.loader:
+                t.learn(x[0] + between)
+                t.step()
+            run.log(after=draw())
+        return t.result()
+
+    sweep(train, 18)
+
+
+def test_metrics_hold_every_step_once(tmp_path: Path) -> None:
+    """After any cuts metrics.jsonl is that of the uninterrupted run, byte for byte."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        for epoch in run.epochs(3):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+            run.log(epoch=epoch, text="done")
+
+    cut(train, (), dir=tmp_path / "whole")
+    for n, cuts in enumerate([(2,), (1, 3, 4, 9), range(1, 10)]):
+        cut(train, cuts, dir=tmp_path / str(n))
+        whole, pieces = (tmp_path / name / "metrics.jsonl" for name in ("whole", str(n)))
+        assert pieces.read_bytes() == whole.read_bytes()
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    """A segment that died after its checkpoint leaves no line twice."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        for step in run.steps(6):
+            run.log(at=step)
+            if step == 2:
+                run.save()
+            if step == 4 and not run.resumed:
+                run._metrics.flush()
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Segment(tmp_path) as run:
+        train(run, chainrun.DataLoader)
+    assert [line["at"] for line in metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    cut(train, dir=tmp_path)
+    assert [line["at"] for line in metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
+
+
+# ---- functions that catch, and functions that change -------------------------------------------------
+
+
+def test_function_that_catches_exceptions() -> None:
+    """``except Exception`` around a step does not swallow the segment's end."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                try:
+                    t.learn(x)
+                    t.step()
+                except Exception:
+                    raise AssertionError from None
+        return t.result()
+
+    sweep(train, 6)
+
+
+def test_function_that_catches_everything() -> None:
+    """A bare ``except`` does swallow it; the run is not taken for finished, and stays exact."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        try:
+            for _ in run.epochs(2):
+                for x in t.loader:
+                    t.learn(x)
+                    t.step()
+        except BaseException:
+            return "interrupted"
+        return t.result()
+
+    sweep(train, 6)
+
+
+def test_function_with_fewer_loops_is_refused() -> None:
+    """It never comes to the checkpoint's place."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+
+    def without_the_loop(run: Any, DataLoader: Any) -> None:
+        Tools(run, DataLoader)
+
+    with pytest.raises(RestoreError, match="returned before it came to the place"):
+        cut([train, without_the_loop], (2,))
+
+
+def test_function_with_more_loops_is_refused() -> None:
+    """It passes over the loader before the checkpoint's place, where it did not before."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        second = DataLoader(items(4), batch_size=2)
+        run.register(second=second)
+        for x in t.loader:
+            t.learn(x)
+            t.step()
+
+    def with_another(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        second = DataLoader(items(4), batch_size=2)
+        run.register(second=second)
+        for x in second:
+            t.learn(x)
+            t.step()
+
+    with pytest.raises(RestoreError, match="its loops have changed"):
+        cut([train, with_another], (2,))
+
+
+def test_batch_fetched_ahead_by_hand_is_refused() -> None:
+    """A batch that is fetched in one turn and used in the next is lost by a cut: refused, not replaced."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader, n=20)
+        it = iter(t.loader)
+        x = next(it)
+        for _ in run.steps(6):
+            t.learn(x)
+            t.step()
+            x = next(it)
+
+    with pytest.raises((RegisterError, RestoreError), match="ahead"):
+        cut(train, (3,))
+
+
+def test_ranges_inside_each_other_are_refused() -> None:
+    """One range at a time has its place in the checkpoint."""
+
+    def epochs_in_steps(run: Any, DataLoader: Any) -> None:
+        for _ in run.steps(2):
+            for _ in run.epochs(2):
+                pass
+
+    def steps_in_steps(run: Any, DataLoader: Any) -> None:
+        for _ in run.steps(2):
+            for _ in run.steps(2):
+                pass
+
+    for train in (epochs_in_steps, steps_in_steps):
+        with pytest.raises(RegisterError, match="cannot be resumed"):
+            cut(train)
+
+
+def test_segment_ends_again_for_a_function_that_trains_on() -> None:
+    """Caught once, it comes again at the next boundary; nothing trained after the checkpoint stays."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                try:
+                    t.step()
+                except SegmentEnd:
+                    continue
+        return t.result()
+
+    sweep(train, 6)
