@@ -30,7 +30,7 @@ from chainrun.rundir import RunDir
 
 _FOREVER = 10 * 365 * 24 * 3600.0
 _ENDS = ("stop", "failed")
-_GRACE = 20.0  # seconds for the other ranks to end after one has failed
+_GRACE = 20.0  # seconds for the other ranks to end after one has failed or was killed
 
 
 class _Asked:
@@ -137,7 +137,8 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
     """Wait for a segment's end; return the exit code, None where the next segment is to start."""
     told, told_at = 0, 0.0
     before = sum(1 for _ in journal.events(run, *_ENDS))
-    failed_at: float | None = None
+    ranks: set[int] = set()
+    lost_at: float | None = None
     while process.poll() is None:
         time.sleep(0.2)
         progress.update()
@@ -148,15 +149,18 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
                 progress.write("saving a checkpoint, then stopping; once more to kill")
             else:
                 _kill_tasks(process.pid)
-        if (
-            told and now - told_at >= 1.0
-        ):  # again and again: a rank that is just starting may not hear the first
+        if told and now - told_at >= 1.0:
+            # again and again, since a rank that is just starting may not hear the first; submitit's
+            # controller passes it on to every rank
             told_at = now
-            process.send_signal(signal.SIGTERM)  # submitit's controller passes it on to every rank
-        if failed_at is None and any(e["event"] == "failed" for e in _ends(run, before)):
-            failed_at = now
-        if failed_at is not None and time.monotonic() - failed_at > _GRACE:
-            _kill_tasks(process.pid)  # a rank that waits for the failed one
+            process.send_signal(signal.SIGTERM)
+        alive = _tasks(process.pid)
+        ranks |= alive
+        failed = any(e["event"] == "failed" for e in _ends(run, before))
+        if lost_at is None and (failed or (alive and alive != ranks)):
+            lost_at = now
+        if lost_at is not None and now - lost_at > _GRACE:
+            _kill_tasks(process.pid)  # ranks that wait for one that has failed, or was killed
     progress.update()
     if run.done.exists():
         progress.finish()
@@ -194,9 +198,18 @@ def _ends(run: RunDir, before: int) -> list[dict[str, Any]]:
     return list(journal.events(run, *_ENDS))[before:]
 
 
+def _tasks(controller: int) -> set[int]:
+    """Return the pids of the ranks that submitit's controller has started and not yet seen end."""
+    try:
+        return {
+            int(pid) for pid in Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
+        }
+    except OSError:
+        return set()
+
+
 def _kill_tasks(controller: int) -> None:
     """Kill the ranks; submitit's controller then ends by itself."""
-    held = Path(f"/proc/{controller}/task/{controller}/children")
-    for pid in held.read_text().split() if held.exists() else []:
+    for pid in _tasks(controller):
         with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)

@@ -76,25 +76,36 @@ def read(trace):
     return lines
 
 
-def train(run, trace, steps, *, nap=0.0, hold=None, workers=2, ballast=0):
-    """Train for so many steps.
+def train(run, trace, steps, *, nap=0.0, hold=None, workers=2, ballast=0, ddp=False):
+    """Train for so many steps, whole epochs.
 
     Args:
         trace: the file that takes a line for every step.
         nap: seconds that every step sleeps.
         hold: while this file exists, the last 60 steps take a second each.
         ballast: bytes of a buffer that make the checkpoint larger.
+        ddp: every rank sees its share of the data, and the gradients' mean.
     """
     import chainrun
 
     model, optimizer, scheduler = parts()
     model.register_buffer("ballast", torch.zeros(ballast, dtype=torch.uint8), persistent=ballast > 0)
-    loader = chainrun.DataLoader(Noisy(), batch_size=2, shuffle=True, num_workers=workers)
+    wrapped, sampler = model, None
+    if ddp:
+        torch.distributed.init_process_group("gloo")
+        torch.manual_seed(run.rank)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        sampler = torch.utils.data.DistributedSampler(Noisy(), seed=0)
+    loader = chainrun.DataLoader(
+        Noisy(), batch_size=2, shuffle=sampler is None, sampler=sampler, num_workers=workers
+    )
     run.register(model=model, optimizer=optimizer, scheduler=scheduler, loader=loader)
     path = f"{trace}.{run.rank}"
-    for _ in run.epochs(-(-steps // EPOCH)):
+    for epoch in run.epochs(-(-steps // len(loader))):
+        if sampler is not None:
+            sampler.set_epoch(epoch)
         for batch in loader:
-            loss = learn(model, optimizer, batch)
+            loss = learn(wrapped, optimizer, batch)
             note(path, run.global_step + 1, batch, loss, model, optimizer)
             run.state["sum"] = run.state.get("sum", 0.0) + loss.item()
             if nap:
@@ -103,6 +114,8 @@ def train(run, trace, steps, *, nap=0.0, hold=None, workers=2, ballast=0):
                 time.sleep(1.0)
             run.step(loss=loss)
         scheduler.step()
+    if ddp:
+        torch.distributed.destroy_process_group()
     return {"state": fingerprint(model, optimizer), "sum": run.state["sum"]}
 
 
