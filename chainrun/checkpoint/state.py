@@ -37,6 +37,56 @@ class _Module:
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name, self._module = name, unwrap(module)
+        self._built = self._settings()
+        self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._module.parameters())
+
+    def _settings(self) -> dict[str, bool | int | float]:
+        """Return the numbers and flags that state_dict() leaves out: training, requires_grad, p of a dropout."""
+        found: dict[str, bool | int | float] = {}
+        for path, module in self._module.named_modules(remove_duplicate=False):
+            for name, value in vars(module).items():
+                if type(value) in (bool, int, float):
+                    found[f"{path}.{name}"] = value
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[f"{path}.{name}.requires_grad"] = parameter.requires_grad
+        return found
+
+    def _unsaved_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, module in self._module.named_modules():
+            for name in sorted(module._non_persistent_buffers_set):
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    yield f"{path}.{name}", buffer
+
+    def extra(self) -> dict[str, Any]:
+        """Return what has changed since it was registered and is not in state_dict()."""
+        settings = self._settings()
+        return {
+            "settings": {k: v for k, v in settings.items() if k not in self._built or self._built[k] != v},
+            "buffers": {p: b for p, b in self._unsaved_buffers() if self._versions.get(p) != _version(b)},
+        }
+
+    def load_extra(self, extra: dict[str, Any]) -> None:
+        wanted = {**self._built, **extra["settings"]}
+        for path, value in self._settings().items():
+            if path in wanted and wanted[path] != value:
+                owner, name = self._find(path)
+                setattr(owner, name, wanted[path])
+        for path, buffer in extra["buffers"].items():
+            owner, name = self._find(path)
+            owner._buffers[name] = buffer.to(_device_of(owner._buffers[name]), copy=True)
+
+    def _find(self, path: str) -> tuple[Any, str]:
+        where, _, name = path.rpartition(".")
+        owner: Any = self._module
+        for part in where.strip(".").split("."):
+            owner = getattr(owner, part) if part else owner
+        return owner, name
 
     def state_dict(self) -> Any:
         return self._module.state_dict()
@@ -52,6 +102,14 @@ class _Module:
                 "build it as it was, or start a new run"
             )
         self._module.load_state_dict(state)
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    return id(tensor), tensor._version
+
+
+def _device_of(tensor: torch.Tensor | None) -> torch.device | None:
+    return None if tensor is None else tensor.device
 
 
 def _differences(mine: Any, saved: Any) -> Iterator[str]:
@@ -80,6 +138,48 @@ class _Optimizer:
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         self._name, self._optimizer = name, optimizer
+        optimizer.register_step_post_hook(self._mark)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a learning-rate scheduler was built for it."""
+        return hasattr(self._optimizer.step, "_wrapped_by_lr_sched")
+
+    def extra(self) -> dict[str, Any]:
+        """Return what the parameters' order and the algorithm are known by."""
+        shapes = [list(parameter.shape) for parameter in self.parameters]
+        return {"kind": type(self._optimizer).__qualname__, "shapes": shapes}
+
+    def load_extra(self, saved: dict[str, Any]) -> None:
+        for mine, found in zip(self.extra().values(), saved.values(), strict=True):
+            if mine != found:
+                raise RestoreError(
+                    f"the optimizer '{self._name}' is not the one that was saved: it has {mine}, the checkpoint "
+                    f"{found}; build it as it was, or start a new run"
+                )
+
+    def drives(self, thing: Any) -> bool:
+        return getattr(thing, "optimizer", None) is self._optimizer
+
+    def _mark(self, *_: Any) -> None:
+        """Note on each gradient that this optimizer has used it as it now is."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                used = vars(parameter.grad).setdefault("_used_by", {})
+                used[self._name] = parameter.grad._version
+
+    def unused(self) -> dict[int, torch.Tensor]:
+        """Return the gradients that this optimizer has not used yet, by the parameter's place."""
+        found = {}
+        for place, parameter in enumerate(self.parameters):
+            grad = parameter.grad
+            if grad is not None and vars(grad).get("_used_by", {}).get(self._name) != grad._version:
+                found[place] = grad.detach()
+        return found
 
     def state_dict(self) -> Any:
         return self._optimizer.state_dict()
@@ -107,6 +207,10 @@ class _Other:
 
     def __init__(self, name: str, thing: Stateful) -> None:
         self._name, self._thing = name, thing
+
+    @property
+    def thing(self) -> Stateful:
+        return self._thing
 
     def state_dict(self) -> Any:
         return self._thing.state_dict()
@@ -139,6 +243,83 @@ def adapt(name: str, thing: Any) -> Stateful:
         f"register({name}=...) was given a {type(thing).__name__}, which has no state_dict and "
         "load_state_dict; give it both, or keep plain values (numbers, lists, dicts, tensors) in run.state"
     )
+
+
+def gradients(things: dict[str, Stateful]) -> dict[str, dict[int, torch.Tensor]]:
+    """Return the gradients that are still to be used, by the name of the optimizer or, without one, the module."""
+    optimizers = {name: thing for name, thing in things.items() if isinstance(thing, _Optimizer)}
+    optimized = {id(parameter) for thing in optimizers.values() for parameter in thing.parameters}
+    found = {name: thing.unused() for name, thing in optimizers.items()}
+    for name, thing in things.items():
+        if isinstance(thing, _Module):
+            found[name] = {
+                place: parameter.grad.detach()
+                for place, parameter in enumerate(thing.parameters)
+                if parameter.grad is not None and id(parameter) not in optimized
+            }
+    return found
+
+
+def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch.Tensor]]) -> None:
+    """Set the gradients to those that were saved, all others to None."""
+    owners = {name: thing for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
+    for thing in owners.values():
+        for parameter in thing.parameters:
+            parameter.grad = None
+    for name, thing in owners.items():
+        parameters = thing.parameters
+        for place, grad in saved[name].items():
+            parameters[place].grad = grad.to(parameters[place].device, copy=True)
+
+
+def extras(things: dict[str, Stateful]) -> dict[str, Any]:
+    """Return what modules and optimizers are and keep besides their state_dict."""
+    return {name: thing.extra() for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
+
+
+def load_extras(things: dict[str, Stateful], saved: dict[str, Any]) -> None:
+    """Set what `extras` returned.
+
+    Raises:
+        RestoreError: an optimizer is another one.
+    """
+    for name, thing in things.items():
+        if isinstance(thing, (_Module, _Optimizer)):
+            thing.load_extra(saved[name])
+
+
+def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:
+    """Yield what the registered optimizers show to be missing.
+
+    Raises:
+        RegisterError: parameters that an optimizer trains belong to no registered object.
+    """
+    held = {
+        id(parameter)
+        for thing in things.values()
+        if isinstance(thing, _Module)
+        for parameter in thing.parameters
+    }
+    others = any(isinstance(t, _Other) and not _of_torch(t.thing) for t in things.values())
+    for name, thing in things.items():
+        if not isinstance(thing, _Optimizer):
+            continue
+        free = [parameter for parameter in thing.parameters if id(parameter) not in held]
+        if free and not others:
+            raise RegisterError(
+                f"the optimizer '{name}' trains {len(free)} parameters, the first of shape {tuple(free[0].shape)}, "
+                "that no registered object holds; a resumed run would lose what they have learned. Register the "
+                "module they belong to (loose ones: torch.nn.ParameterList([...]))"
+            )
+        if thing.is_scheduled and not any(map(thing.drives, originals)):
+            yield (
+                f"a learning-rate scheduler drives the optimizer '{name}' and is not registered; unless it is "
+                "set anew in every step, a resumed run will have other learning rates"
+            )
+
+
+def _of_torch(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] == "torch"
 
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)

@@ -491,9 +491,9 @@ class _Chain:
         if saved is None:
             return
         running = self._pass if self._pass is not None and self._pass.running else None
-        if saved["pass"] is not None and running is not None:
-            if not running.resumed or running.handed_out != saved["pass"]["drawn"][0]:
-                running.resume()
+        place = saved["pass"]
+        if place and running and not (running.resumed and running.handed_out == place["drawn"][0]):
+            running.resume()
         self.set_snapshot(saved)
 
 

@@ -158,13 +158,13 @@ class Position:
             RegisterError: the function holds a batch that a resumed one could not have.
         """
         self._tick += 1
-        if running.advanced is not None and running.depth < len(self._scopes):
-            if self._scopes[running.depth - 1].began <= running.advanced:
-                raise RegisterError(
-                    f"a batch of '{running.loop}' was taken before run.{self.inside}() began, and more are taken "
-                    "from the same iterator inside: a batch fetched ahead is lost by a cut. Take every batch in "
-                    "the turn that uses it; for a look at the first one, use an iterator of its own"
-                )
+        deeper = running.advanced is not None and running.depth < len(self._scopes)
+        if deeper and self._scopes[running.depth - 1].began <= (running.advanced or 0):
+            raise RegisterError(
+                f"a batch of '{running.loop}' was taken before run.{self.inside}() began, and more are taken "
+                "from the same iterator inside: a batch fetched ahead is lost by a cut. Take every batch in "
+                "the turn that uses it; for a look at the first one, use an iterator of its own"
+            )
         running.depth = len(self._scopes)
         running.advanced = self._tick
 

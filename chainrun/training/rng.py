@@ -89,7 +89,8 @@ def put(generator: Generator, state: bytes) -> None:
         generator.bit_generator.state = values
         if seeds is not None:  # as unpickling does
             sequence = np.random.SeedSequence(**{**seeds, "spawn_key": tuple(seeds["spawn_key"])})
-            generator.bit_generator.__setstate__((generator.bit_generator.state, sequence))
+            revive: Any = generator.bit_generator
+            revive.__setstate__((revive.state, sequence))
 
 
 def _accelerator() -> tuple[str, Any, int] | None:

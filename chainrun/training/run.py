@@ -109,7 +109,9 @@ class Run:
             passed=lambda: self._position.boundaries,
             first_save=self._guess_save_seconds,
         )
-        self._next = self._next_due()
+        self._checked = False
+        self._first_due = self._next_due(self.global_step)
+        self._next = 0  # the first step looks whether something was forgotten
 
     # ---- what the loop knows -------------------------------------------------------------------
 
@@ -240,6 +242,8 @@ class Run:
             )
         for name, thing in self._objects.items():
             thing.load_state_dict(saved["objects"][name])
+        state.load_extras(self._objects, saved["extras"])
+        state.load_gradients(self._objects, saved["gradients"])
         for chain in self._loaders.values():
             chain.go_on()
         state.refill(self.state, saved["state"])
@@ -376,12 +380,17 @@ class Run:
         """Something may be due at this boundary."""
         if self._ended is not None:
             raise SegmentEnd(self._ended)  # the function caught the first one
+        if not self._checked:
+            self._checked, self._next = True, self._first_due
+            things = [thing for _, thing in self._registered.values()]
+            for line in state.forgotten(self._objects, things):
+                self._setting.say(f"warning: {line}")
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:
                 self._due = Wish("stop", "interrupt")
             elif self._due is None:
                 self._due = Wish("save", "periodic")
-            self._next = self._next_due()
+            self._next = self._next_due(self.global_step)
         if self._watch.pending:
             wish = self._watch.decide(self._position.boundaries)
             if wish is not None and (self._due is None or self._due.kind == "save"):
@@ -389,13 +398,13 @@ class Run:
         if self._due is not None:
             self._wish(self._due)
 
-    def _next_due(self) -> int:
+    def _next_due(self, after: int) -> int:
         """The next global step at which something is due, known without asking anybody."""
-        steps = [step for step in self._setting.allocation.interrupt_at if step > self.global_step]
-        steps += [step for step in self._setting.allocation.save_at if step > self.global_step]
+        steps = [step for step in self._setting.allocation.interrupt_at if step > after]
+        steps += [step for step in self._setting.allocation.save_at if step > after]
         every = self._setting.save_every_steps
         if every:
-            steps.append((self.global_step // every + 1) * every)
+            steps.append((after // every + 1) * every)
         return min(steps, default=_NEVER)
 
     def _wish(self, wish: Wish) -> None:
@@ -443,6 +452,8 @@ class Run:
         """This rank's state, ready to be written."""
         return {
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
+            "extras": state.extras(self._objects),
+            "gradients": state.gradients(self._objects),
             "loaders": {name: chain.state_dict() for name, chain in self._loaders.items()},
             "state": self.state,
             "rng": rng.to_tensors(rng.capture()),

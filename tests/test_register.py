@@ -1,0 +1,539 @@
+"""What is registered comes back with identical bits, or is refused with the name of what does not fit."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chain import PlainRun, Segment, cut, digest, marks, plain, sweep
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import TensorDataset
+
+import chainrun
+from chainrun.errors import RegisterError, RestoreError
+
+
+class Net(nn.Module):
+    """Batch norm, dropout, tied weights, a buffer that counts, one that is not saved, and plain attributes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.drop = nn.Dropout(0.2)
+        self.second = nn.Linear(3, 3)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(3, 1)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("recent", torch.zeros(3, dtype=dtype), persistent=False)
+        self.calls = 0
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.count += 1
+        x = self.second(self.drop(self.norm(self.first(x.to(self.recent.dtype)))))
+        if self.training:
+            self.recent.mul_(0.5).add_(x.detach().mean(0))
+        return self.head(x + self.recent + self.calls / 10)
+
+
+def training(make: Any, steps: int = 6, net: Any = Net) -> Any:
+    """Return a training with what `make(model)` returns: a dict to register and a function that steps."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = net()
+        things, step = make(model)
+        run.register(model=model, **things)
+        for n in run.steps(steps):
+            x = torch.rand(4, 3)
+            loss = step(n, model(x).float().square().mean())
+            run.step(loss=loss, **marks((x, model.recent, model.calls), model, *things.values()))
+        return digest(model.state_dict(), *(thing.state_dict() for thing in things.values()))
+
+    return train
+
+
+def _updating(optimizer: torch.optim.Optimizer, *after: Any) -> Any:
+    def step(n: int, loss: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for each in after:
+            each(loss)
+        return loss
+
+    return step
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adam": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "plain": lambda p: torch.optim.SGD(p, lr=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.5),
+    "adagrad": torch.optim.Adagrad,
+    "averaged": torch.optim.ASGD,
+    "rate as a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str) -> None:
+    """Moments, counts and rates go on."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = OPTIMIZERS[name](model.parameters())
+        return {"optimizer": optimizer}, _updating(optimizer)
+
+    sweep(training(make), 6, quick=True)
+
+
+def test_optimizer_with_a_closure() -> None:
+    """LBFGS keeps lists of tensors in its state."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4)
+
+        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
+            def again() -> torch.Tensor:
+                optimizer.zero_grad()
+                value: torch.Tensor = model(torch.ones(4, 3)).square().mean()
+                value.backward()
+                return value
+
+            optimizer.step(again)
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), 6, quick=True)
+
+
+class MixedAdam(torch.optim.Optimizer):
+    """Keeps fp32 moments and a fp32 copy of bf16 parameters, and an integer count per element."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["master"] = parameter.detach().float().clone()
+                    state["moment"] = torch.zeros_like(state["master"])
+                    state["count"] = torch.zeros_like(parameter, dtype=torch.int16)
+                state["moment"].mul_(0.9).add_(parameter.grad.float(), alpha=1 / 3)
+                state["count"] += 1
+                state["master"].sub_(group["lr"] * state["moment"])
+                parameter.data.copy_(state["master"])
+
+
+def test_fp32_state_of_bf16_parameters_keeps_its_bits() -> None:
+    """torch's own load_state_dict would round it to bf16."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = MixedAdam(model.parameters())
+        return {"optimizer": optimizer}, _updating(optimizer)
+
+    sweep(training(make, net=lambda: Net(torch.bfloat16)), 6)
+
+
+def test_two_optimizers_over_parts_of_one_model() -> None:
+    """Each with the gradients that it has not used yet."""
+
+    def make(model: Any) -> Any:
+        body = torch.optim.SGD([*model.first.parameters(), *model.norm.parameters()], lr=0.1, momentum=0.5)
+        head = torch.optim.Adam([*model.head.parameters(), model.second.bias])
+
+        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
+            loss.backward()
+            for every, optimizer in ((2, body), (3, head)):
+                if n % every == every - 1:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return loss
+
+        return {"body": body, "head": head}, step
+
+    sweep(training(make, 8), 8)
+
+
+def test_optimizers_that_share_parameters() -> None:
+    """A gradient that one of them has used is still to be used by the other."""
+
+    def make(model: Any) -> Any:
+        often = torch.optim.SGD(model.parameters(), lr=0.1)
+        seldom = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
+            loss.backward()
+            often.step()
+            if n % 3 == 2:
+                seldom.step()
+                seldom.zero_grad()
+            return loss
+
+        return {"often": often, "seldom": seldom}, step
+
+    sweep(training(make, 8), 8, quick=True)
+
+
+SCHEDULERS: dict[str, Any] = {
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=7),
+    "on plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda n: 1 / (n + 1)),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name: str) -> None:
+    """The learning rate, and for OneCycle the momentum, follow the same curve; no warning at a resume."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        scheduler = SCHEDULERS[name](optimizer)
+        metric = name == "on plateau"
+
+        def turn(loss: torch.Tensor) -> None:
+            scheduler.step(loss.item()) if metric else scheduler.step()
+
+        return {"optimizer": optimizer, "scheduler": scheduler}, _updating(optimizer, turn)
+
+    sweep(training(make), 6, quick=True)
+
+
+def test_grad_scaler() -> None:
+    """Its scale and growth counter go on."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            scaler.scale(loss * (float("inf") if n == 3 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            return loss
+
+        return {"optimizer": optimizer, "scaler": scaler}, step
+
+    sweep(training(make), 6, quick=True)
+
+
+def test_averaged_model() -> None:
+    """An exponential moving average, its count included."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        averaged = torch.optim.swa_utils.AveragedModel(
+            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+        )
+        update = _updating(optimizer, lambda loss: averaged.update_parameters(model))
+        return {"optimizer": optimizer, "averaged": averaged}, update
+
+    sweep(training(make), 6, quick=True)
+
+
+def test_parts_that_are_frozen_and_thawed() -> None:
+    """requires_grad, train and eval mode, and numbers set on modules are state."""
+
+    def make(model: Any) -> Any:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if n == 1:
+                model.head.requires_grad_(False)
+                model.norm.eval()
+                model.drop.p = 0.5
+            if n == 3:
+                model.head.bias.requires_grad_(True)
+                model.norm.train()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), 6)
+
+
+def test_loose_parameters_without_an_optimizer() -> None:
+    """A function that updates parameters by hand keeps gradients it has not used."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        image = nn.ParameterList([nn.Parameter(torch.rand(3))])
+        run.register(image=image)
+        for n in run.steps(6):
+            (image[0] * torch.rand(3)).sum().backward()
+            if n % 3 == 2:
+                with torch.no_grad():
+                    image[0] -= image[0].grad
+                image[0].grad = None
+            run.step(**marks(None, image))
+        return digest(image.state_dict())
+
+    sweep(train, 6)
+
+
+def test_wrapped_modules_are_saved_without_their_wrappers() -> None:
+    """A checkpoint of a compiled or data-parallel module fits the bare one, and back."""
+
+    def train(wrap: Any) -> Any:
+        def function(run: Any, DataLoader: Any) -> Any:
+            model = nn.Linear(3, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            run.register(model=wrap(model), optimizer=optimizer)
+            for _ in run.steps(6):
+                run.log(loss=_updating(optimizer)(0, model(torch.rand(2, 3)).mean()))
+            return list(model.state_dict())
+
+        return function
+
+    bare, parallel = train(lambda m: m), train(nn.DataParallel)
+    compiled = train(lambda m: torch.compile(m, backend="eager"))
+    reference = plain(bare)
+    assert reference.difference(cut([compiled, parallel, bare, compiled], (1, 2, 3))) is None
+
+
+def test_own_objects_with_state() -> None:
+    """Two methods are enough; the object never gets hold of the checkpoint's own tensors."""
+
+    class Mean:
+        def __init__(self) -> None:
+            self.sum, self.n = torch.zeros(3), 0
+
+        def add(self, x: torch.Tensor) -> None:
+            self.sum += x
+            self.n += 1
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"sum": self.sum, "n": self.n}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.sum, self.n = state["sum"], state["n"]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        mean = Mean()
+        run.register(mean=mean)
+        mean.add(torch.ones(3))
+        for _ in run.steps(4):
+            mean.add(torch.rand(3))
+            run.log(**marks(mean.sum, mean))
+        return digest(mean.state_dict())
+
+    sweep(train, 4)
+
+
+def test_generators_of_all_kinds() -> None:
+    """All four kinds, several bit generators, cached normal draws included."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        generators = {
+            "pcg": np.random.default_rng(1),
+            "philox": np.random.Generator(np.random.Philox(2)),
+            "mersenne": np.random.Generator(np.random.MT19937(3)),
+            "sfc": np.random.Generator(np.random.SFC64(4)),
+            "old": np.random.RandomState(5),
+            "python": random.Random(6),
+            "torch": torch.Generator().manual_seed(7),
+        }
+        run.register(**generators)
+        for _ in run.steps(6):
+            draws = [
+                *(generators[name].standard_normal() for name in ("pcg", "philox", "mersenne", "sfc", "old")),
+                generators["pcg"].integers(2**31, dtype=np.uint32),
+                generators["pcg"].spawn(1)[0].random(),
+                generators["python"].gauss(0, 1),
+                torch.randn((), generator=generators["torch"]).item(),
+                *(random.gauss(0, 1), np.random.normal(), torch.randn(()).item()),
+            ]
+            run.log(draws=[float(draw) for draw in draws])
+
+    sweep(train, 6)
+
+
+# ---- refused -----------------------------------------------------------------------------------------
+
+
+def test_the_same_name_twice_is_refused(tmp_path: Path) -> None:
+    """A name stands for one object."""
+    with Segment(tmp_path) as run:
+        run.register(a=nn.Linear(1, 1))
+        with pytest.raises(RegisterError, match=r"register\(a=...\) was called twice"):
+            run.register(a=nn.Linear(1, 1))
+
+
+def test_the_same_object_twice_is_refused(tmp_path: Path) -> None:
+    """An object is registered once; a loader too."""
+    module, loader = nn.Linear(1, 1), chainrun.DataLoader([1, 2])
+    with Segment(tmp_path) as run:
+        run.register(a=module, loader=loader)
+        with pytest.raises(RegisterError, match="registered as 'a'; register it once"):
+            run.register(b=module)
+        with pytest.raises(RegisterError, match="registered as 'loader'; register it once"):
+            run.register(other=loader)
+
+
+@pytest.mark.parametrize("thing", [3, "text", [nn.Linear(1, 1)], nn.Linear, torch.zeros(2), None])
+def test_an_object_without_state_is_refused(thing: Any, tmp_path: Path) -> None:
+    """The message says where plain values go."""
+    with (
+        Segment(tmp_path) as run,
+        pytest.raises(RegisterError, match=r"no state_dict and load_state_dict.*run\.state"),
+    ):
+        run.register(thing=thing)
+
+
+def test_torchs_own_loader_is_refused(tmp_path: Path) -> None:
+    """It cannot be resumed exactly; the message names the one that can."""
+    loader = torch.utils.data.DataLoader(TensorDataset(torch.zeros(2)))
+    with Segment(tmp_path) as run, pytest.raises(RegisterError, match=r"build it as chainrun\.DataLoader"):
+        run.register(loader=loader)
+
+
+def _two(names: tuple[str, str] = ("a", "b"), make: Any = lambda: nn.Linear(2, 2)) -> Any:
+    def train(run: Any, DataLoader: Any) -> None:
+        run.register(**{name: make() for name in names})
+        for _ in run.steps(3):
+            pass
+
+    return train
+
+
+def test_a_name_that_the_checkpoint_lacks_is_refused() -> None:
+    """The message lists what it holds."""
+    with pytest.raises(RestoreError, match="has no 'c', it holds a, b"):
+        cut([_two(), _two(("a", "c"))], (1,))
+
+
+def test_a_name_that_is_not_registered_any_more_is_refused() -> None:
+    """Nothing of a checkpoint is dropped silently."""
+
+    def one(run: Any, DataLoader: Any) -> None:
+        run.register(a=nn.Linear(2, 2))
+        for _ in run.steps(3):
+            pass
+
+    with pytest.raises(RestoreError, match="holds 'b', which the function has not registered"):
+        cut([_two(), one], (1,))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(3, 2), r"weight has shape \(2, 3\), in the checkpoint \(2, 2\)"),
+        (lambda: nn.Linear(2, 2).double(), r"weight is torch.float64, in the checkpoint torch.float32"),
+        (lambda: nn.Linear(2, 2, bias=False), "bias is in the checkpoint only"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), "is not in the checkpoint"),
+    ],
+)
+def test_a_module_that_differs_is_refused_as_a_whole(make: Any, message: str) -> None:
+    """Shape, dtype, missing and additional parameters: named, and nothing is restored."""
+    made: list[nn.Module] = []
+
+    def remember() -> nn.Module:
+        torch.manual_seed(3)
+        made.append(make())
+        return made[-1]
+
+    with pytest.raises(RestoreError, match=message):
+        cut([_two(), _two(make=remember)], (1,))
+    torch.manual_seed(3)
+    assert digest(made[0].state_dict()) == digest(make().state_dict())
+
+
+def _optimizing(*sizes: int, groups: int = 1, kind: Any = torch.optim.Adam) -> Any:
+    def train(run: Any, DataLoader: Any) -> None:
+        model = nn.ParameterList([nn.Parameter(torch.zeros(n)) for n in (1, 2)])
+        parameters = [model[n - 1] for n in sizes]
+        split = [{"params": parameters}] if groups == 1 else [{"params": [p]} for p in parameters]
+        optimizer = kind(split)
+        run.register(model=model, optimizer=optimizer)
+        for _ in run.steps(3):
+            if not run.resumed:
+                sum((p**2).sum() for p in model).backward()
+                optimizer.step()
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        _optimizing(1),
+        _optimizing(1, 2, groups=2),
+        _optimizing(2, 1),
+        _optimizing(1, 2, kind=lambda p: torch.optim.SGD(p, lr=0.1)),
+    ],
+    ids=["fewer parameters", "other groups", "other order", "other kind"],
+)
+def test_an_optimizer_that_differs_is_refused(other: Any) -> None:
+    """Other groups, another order of the parameters, another algorithm."""
+    with pytest.raises(RestoreError, match="the optimizer 'optimizer' is not the one that was saved"):
+        cut([_optimizing(1, 2), other], (1,))
+
+
+def test_a_checkpoint_that_cannot_hold_a_value_is_refused() -> None:
+    """NumPy scalars in `run.state` could not be opened with weights_only: the path and the type are named."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        run.state["scores"] = [1.0, np.float64(2.0)]
+        for _ in run.steps(3):
+            pass
+
+    with pytest.raises(chainrun.errors.ChainrunError, match=r"state\.scores\[1\] is a numpy\.float64"):
+        cut(train, (1,))
+
+
+def test_an_optimizer_whose_module_is_not_registered_is_refused() -> None:
+    """A resume would bring the moments back, and fresh weights; the first step says so."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.register(optimizer=optimizer)
+        for _ in run.steps(3):
+            pass
+
+    with pytest.raises(RegisterError, match=r"trains 2 parameters, the first of shape \(1, 2\), that no"):
+        cut(train)
+
+
+def test_a_scheduler_that_is_not_registered_is_warned_of() -> None:
+    """It may be on purpose, so the run goes on."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        model = nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        lr_scheduler.LambdaLR(optimizer, lambda n: 1.0)
+        run.register(model=model, optimizer=optimizer)
+        for _ in run.steps(3):
+            optimizer.step()
+
+    said = cut(train).said
+    assert any("scheduler drives the optimizer 'optimizer' and is not registered" in line for line in said)
+
+
+def test_the_plain_stand_in_has_what_a_run_has(tmp_path: Path) -> None:
+    """The plain program of these tests may use no more than what `Run` offers."""
+    with Segment(tmp_path) as run:
+        missing = [name for name in vars(PlainRun()) if name != "lines" and not hasattr(run, name)]
+    assert missing == []
