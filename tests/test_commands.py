@@ -246,7 +246,10 @@ def finished(tmp_path_factory) -> Exp:
 
 def test_a_run_says_what_it_does(finished):
     """One line for each start, stop and the end, and where the run is."""
-    assert finished.said().splitlines() == [
+    lines = [
+        line for line in finished.said().splitlines() if not re.match(r"chainrun: segment \d, step", line)
+    ]
+    assert lines == [
         "chainrun: segment 1: fresh start",
         "chainrun: segment 1 stops at step 7: interrupt",
         "chainrun: segment 2: resumes at step 7 from step-00000007",
@@ -407,16 +410,18 @@ def test_ctrl_c_while_a_segment_starts_ends_the_chain_too(tmp_path):
     """However early it comes, the command ends soon and leaves no process behind."""
     exp = Exp(tmp_path, args={"steps": 2000, "nap": 0.05})
     for delay in (0.0, 0.2, 0.4, 0.7, 1.0):
+        before = len(exp.events())
         process = exp.start()
-        wait(exp.run.journal.exists, "the run's directory", process, exp)
+        wait(lambda: len(exp.events()) > before, "the start", process, exp)  # noqa: B023
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)
         code = process.wait(30)
         assert group_is_empty(process), exp.said()
         stopped = len(exp.events("stop"))
         print(f"Ctrl-C {delay} s after the start: {code}, {exp.said().splitlines()[-1]}")
-        assert code == (75 if stopped else 1), exp.said()
-        assert ("stopped at step" if stopped else "stopped before it could save") in exp.said()
+        assert code in ([75] if stopped else [1, 130]), exp.said()  # 130: before anything was started
+        if code != 130:
+            assert ("stopped at step" if stopped else "stopped before it could save") in exp.said()
         assert not exp.run.failed.exists()
         if stopped:
             break
