@@ -15,257 +15,23 @@ are used:
 
 from __future__ import annotations
 
-import marshal
 import pickle
-import signal
 import threading
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-import xxhash
 from torch.utils.data import DataLoader as TorchDataLoader
-from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import Dataset, IterableDataset
 
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import carried, rng
+from chainrun.training.indices import Again, Counted, Drawn, State, draws_at_first, samplers_in
 from chainrun.training.position import Pass as Mark
 from chainrun.training.position import Position
+from chainrun.training.worker import Collate, InitWorker, Items
 
 T = TypeVar("T")
-
-
-# ---- in the worker -------------------------------------------------------------------------------
-
-
-class _Shipment(NamedTuple):  # a named tuple keeps its type through torch's pin_memory
-    batch: Any
-    worker: int
-    state: bytes
-
-
-class _EmptyTurn:
-    """Stands for the indices of a batch that is not to be loaded."""
-
-
-class _Dataset(Dataset[Any]):
-    """The user's data set, except that an empty turn loads nothing."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, index: Any) -> Any:
-        return index if isinstance(index, _EmptyTurn) else self.dataset[index]
-
-    def __getitems__(self, indices: Any) -> Any:
-        if isinstance(indices, _EmptyTurn):
-            return indices
-        if getattr(self.dataset, "__getitems__", None):
-            return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-class _Collate:
-    """The user's collate function; in a worker it sends the random state along."""
-
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
-        self.carriers = 0  # how many were found when the worker began
-
-    def __call__(self, items: Any) -> Any:
-        worker = get_worker_info()
-        if worker is None:
-            return self.collate(items)
-        if isinstance(items, _EmptyTurn):
-            return _Shipment(None, -1, b"")
-        batch = self.collate(items)
-        found = carried.find(worker.dataset, self.collate)
-        carried.refuse_new(self.carriers, len(found), f"data set {type(worker.dataset).__name__} in a worker")
-        state = [rng.capture(), carried.get(found)]
-        return _Shipment(batch, worker.id, pickle.dumps(state, protocol=5))
-
-
-class _InitWorker:
-    """The user's worker_init_fn, then the saved random state."""
-
-    def __init__(
-        self, init: Callable[[int], None] | None, collate: _Collate, states: dict[int, bytes]
-    ) -> None:
-        self.init, self.collate, self.states = init, collate, states
-
-    def __call__(self, worker: int) -> None:
-        # A scheduler signals every process of the job. The decision is the training process's alone:
-        # a worker that died of the warning would take the checkpoint with it.
-        for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            signal.signal(signum, signal.SIG_IGN)
-        info: Any = get_worker_info()
-        dataset = info.dataset.dataset
-        object.__setattr__(info, "dataset", dataset)  # what user code finds there is its own data set
-        if self.init is not None:
-            self.init(worker)
-        found = carried.find(dataset, self.collate.collate)
-        self.collate.carriers = len(found)
-        if worker in self.states:
-            streams, states = pickle.loads(self.states[worker])
-            carried.put(found, states, f"data set {type(dataset).__name__} in worker {worker}")
-            rng.restore(streams)
-
-
-# ---- the sampler ---------------------------------------------------------------------------------
-
-
-class _Drawn(NamedTuple):
-    """How far a sampler was drawn."""
-
-    handed_out: int
-    drawn: int
-    ended: bool
-    digest: int
-
-
-_State: TypeAlias = "list[Any]"  # of this process: global streams, then what the loader's parts carry
-
-
-class _Again(NamedTuple):
-    """What it takes to draw from a sampler as far as another process did."""
-
-    how_far: _Drawn
-    first: _State | None  # of the process, at the first draw
-    turns: int  # empty turns to give first
-
-
-class _Stream:
-    """One iteration over the sampler, counted; and repeated from a count."""
-
-    def __init__(self, source: Iterator[Any], again: _Again | None, chain: _Chain) -> None:
-        self._source, self._again, self._chain = source, again, chain
-        self._queue: deque[Any] = deque()
-        self._digest = xxhash.xxh3_64()
-        self._replayed: rng.State = {}  # the streams as a repetition, with nothing drawn between, has them
-        self.first: _State | None = None
-        self.drawn, self.ended, self.stopped = 0, False, False
-
-    def __iter__(self) -> _Stream:
-        return self
-
-    def __next__(self) -> Any:
-        if self._again:
-            self.repeat()
-        if self._queue:
-            return self._queue.popleft()
-        if self.ended or self.stopped:
-            raise StopIteration
-        return self._draw()
-
-    def _draw(self) -> Any:
-        if self.first is None:
-            self.first = self._chain.parent_state()
-            self._replayed = self._chain.streams() if self._chain.draws_late else {}
-        before = self._chain.streams() if self._chain.draws_late else {}
-        try:
-            indices = next(self._source)
-        except StopIteration:
-            self.ended = True
-            raise
-        finally:
-            if before:
-                self._compare(before)
-        self.drawn += 1
-        self._digest.update(_bytes_of(indices))
-        return indices
-
-    def _compare(self, before: rng.State) -> None:
-        """Refuse a sampler and a training that take turns in drawing from one stream."""
-        after = self._chain.streams()
-        for stream, state in before.items():
-            if after.get(stream) == state:
-                continue
-            if self._replayed.get(stream, state) != state:
-                raise RegisterError(
-                    f"the sampler of the loader '{self._chain.name}' draws from the stream '{stream}' batch after "
-                    "batch, and so does something else between two batches; a resume could not repeat its draws "
-                    "alone. Give the sampler a generator of its own, or let it draw everything when it begins"
-                )
-            self._replayed[stream] = after[stream]
-
-    def repeat(self) -> None:
-        """Draw again what was drawn; queue what had not been handed out.
-
-        The sampler may draw from a shared generator, also once more when it ends, so at every boundary it
-        must have been asked exactly as often as in the uninterrupted run.
-        """
-        if self._again is None:
-            return
-        (again, first, turns), self._again = self._again, None
-        self._queue.extend(_EmptyTurn() for _ in range(turns))
-        if first is not None:
-            self._chain.set_parent_state(first)
-        try:
-            for n in range(again.drawn):
-                indices = self._draw()
-                if n >= again.handed_out:
-                    self._queue.append(indices)
-            if again.ended:
-                self._draw()
-        except StopIteration:
-            pass
-        if (self.drawn, self.ended, self.digest()) != (again.drawn, again.ended, again.digest):
-            raise RestoreError(
-                f"the sampler of the loader '{self._chain.name}' did not repeat the indices that it had given "
-                "before the checkpoint: they depend on something that is not saved (another data set, an object "
-                "that the training changes, the hash seed); give it state_dict and load_state_dict"
-            )
-
-    def digest(self) -> int:
-        value: int = self._digest.intdigest() & (2**63 - 1)
-        return value
-
-
-def _bytes_of(indices: Any) -> bytes:
-    try:
-        return marshal.dumps(indices, 2)
-    except ValueError:  # not plain Python
-        if isinstance(indices, (list, tuple)):
-            return b",".join(_bytes_of(index) for index in indices)
-        if hasattr(indices, "tolist"):  # NumPy, torch
-            return _bytes_of(indices.tolist())
-        return type(indices).__name__.encode()  # of the user's own: counted, not compared
-
-
-class _Sampler:
-    """The sampler as torch's loader sees it."""
-
-    def __init__(self, sampler: Any, chain: _Chain) -> None:
-        self.sampler, self._chain = sampler, chain
-        self.stream = _Stream(iter(()), None, chain)
-        self.prepare(None, None)
-
-    def prepare(self, again: _Again | None, before_second: Callable[[], None] | None) -> None:
-        """Say how the next iteration begins.
-
-        Args:
-            again: how far to repeat an earlier one.
-            before_second: called before torch asks the second time (a loader with workers does).
-        """
-        self._again, self._before_second, self._asked = again, before_second, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self._asked += 1
-        if self._asked == 2 and self._before_second is not None:
-            self._before_second()
-        # iter() of the user's sampler runs here, as often as torch asks: eager ones draw in it
-        self.stream = _Stream(iter(self.sampler), self._again, self._chain)
-        return self.stream
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-# ---- in the training process ---------------------------------------------------------------------
 
 
 class DataLoader(TorchDataLoader[T]):
@@ -291,14 +57,14 @@ class DataLoader(TorchDataLoader[T]):
                 "chainrun.DataLoader was given in_order=False with workers; the order of batches then depends "
                 "on timing and no resume can repeat it. Leave in_order=True"
             )
-        self._chain: _Chain | None = None
+        self._chain: Chain | None = None
 
     def __iter__(self) -> Any:
         chain = getattr(self, "_chain", None)
         return super().__iter__() if chain is None else chain.iterate()
 
 
-class _Chain:
+class Chain:
     """What makes one registered loader resumable."""
 
     def __init__(
@@ -309,13 +75,13 @@ class _Chain:
         self.thread = threading.get_ident()
         self.saved: dict[str, Any] | None = None  # the checkpoint's state
         self.workers: dict[int, bytes] = {}  # each worker's state after its last batch handed out
-        self.birth: _State | None = None  # the state under which persistent workers were born
+        self.birth: State | None = None  # the state under which persistent workers were born
         self.on_batch: Callable[[str, Any], None] | None = None  # told of every batch, to record it
-        samplers = list(_samplers(loader.batch_sampler, loader.sampler))
+        samplers = list(samplers_in(loader.batch_sampler, loader.sampler))
         stateless = [sampler for sampler in samplers if not carried.is_stateful(sampler)]
         self._attributes = [carried.Attributes(sampler, loader.dataset) for sampler in stateless]
-        self.draws_late = not all(map(_draws_at_first, samplers))
-        self.sampler = _Sampler(None, self)
+        self.draws_late = not all(map(draws_at_first, samplers))
+        self.sampler = Counted(None, self)
         self._inner: TorchDataLoader[Any] | None = None
         self._pass: _Pass | None = None
 
@@ -341,10 +107,10 @@ class _Chain:
         found = carried.find(*parts, loader.collate_fn, loader.worker_init_fn)
         return found + self._attributes
 
-    def parent_state(self) -> _State:
+    def parent_state(self) -> State:
         return [rng.capture(), carried.get(self._carriers())]
 
-    def set_parent_state(self, state: _State) -> None:
+    def set_parent_state(self, state: State) -> None:
         carried.put(self._carriers(), state[1], f"the loader '{self.name}'")
         rng.restore(state[0])
 
@@ -400,14 +166,14 @@ class _Chain:
             self._pass.start()
         return _Batches(self._pass)
 
-    def build(self, again: _Again | None, before_second: Callable[[], None] | None) -> Iterator[Any]:
-        """Begin an iteration of torch's loader; the arguments are those of `_Sampler.prepare`."""
+    def build(self, again: Again | None, before_second: Callable[[], None] | None) -> Iterator[Any]:
+        """Begin an iteration of torch's loader; the arguments are those of `Counted.prepare`."""
         loader = self.loader
         if self._inner is None or not self.persistent or again is not None:
             continued = again is not None or before_second is not None
-            collate = _Collate(loader.collate_fn)
-            init = _InitWorker(loader.worker_init_fn, collate, dict(self.workers) if continued else {})
-            self.sampler = _Sampler(self.index_sampler, self)
+            collate = Collate(loader.collate_fn)
+            init = InitWorker(loader.worker_init_fn, collate, dict(self.workers) if continued else {})
+            self.sampler = Counted(self.index_sampler, self)
             options: dict[str, Any] = {
                 "num_workers": loader.num_workers,
                 "collate_fn": collate,
@@ -425,7 +191,7 @@ class _Chain:
                 options["batch_sampler"] = self.sampler
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch said it when the user's loader was built
-                self._inner = TorchDataLoader(_Dataset(loader.dataset), **options)
+                self._inner = TorchDataLoader(Items(loader.dataset), **options)
         self.sampler.prepare(again, before_second)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -436,6 +202,11 @@ class _Chain:
             next(batches)
         self.sampler.prepare(None, None)
         return batches
+
+    @property
+    def handed_out(self) -> int:
+        """Batches of the present pass so far."""
+        return 0 if self._pass is None else self._pass.handed_out
 
     def fraction(self) -> float:
         """Return how much of the running pass is done, 0 where none runs."""
@@ -497,36 +268,21 @@ class _Chain:
         self.set_snapshot(saved)
 
 
-def _samplers(*roots: Any) -> Iterator[Any]:
-    """Yield the samplers, and those that they hold."""
-    for root in roots:
-        if root is not None:
-            yield root
-            inner = getattr(root, "__dict__", {}).values()
-            yield from _samplers(*(value for value in inner if isinstance(value, Sampler)))
-
-
-def _draws_at_first(sampler: Any) -> bool:
-    """Whether it is known to draw from a generator when it begins, and at its end, only."""
-    own = type(sampler).__module__.partition(".")[0] == "torch"
-    return own and not getattr(sampler, "replacement", False)
-
-
-def _to_plain(state: _State) -> list[Any]:
+def _to_plain(state: State) -> list[Any]:
     return [rng.to_tensors(state[0]), carried.to_plain(state[1])]
 
 
-def _from_plain(state: list[Any]) -> _State:
+def _from_plain(state: list[Any]) -> State:
     return [rng.from_tensors(state[0]), carried.from_plain(state[1])]
 
 
 class _Pass:
     """One pass over the batches of a registered loader."""
 
-    def __init__(self, chain: _Chain, mark: Mark) -> None:
+    def __init__(self, chain: Chain, mark: Mark) -> None:
         self.chain, self._mark = chain, mark
         self._batches: Iterator[Any] = iter(())
-        self._began: _State = []  # the process's state when the pass began
+        self._began: State = []  # the process's state when the pass began
         self._bore = False  # whether persistent workers were born with it
         self._in_flight = False
         self.handed_out = 0
@@ -554,16 +310,16 @@ class _Pass:
         assert chain.saved is not None
         chain.recall(chain.saved)
         saved = chain.saved["pass"]
-        how_far = _Drawn(*saved["drawn"])
+        how_far = Drawn(*saved["drawn"])
         self._began = began = _from_plain(saved["began"])
         self._bore = saved["bore"]
         self.handed_out, self.resumed = how_far.handed_out, True
         workers = chain.loader.num_workers
         exhausted = workers > 0 and how_far.ended and how_far.handed_out == how_far.drawn
         turns = 0 if exhausted or not workers else how_far.handed_out % workers
-        again = _Again(how_far, saved["first"] and _from_plain(saved["first"]), turns)
+        again = Again(how_far, saved["first"] and _from_plain(saved["first"]), turns)
         if exhausted and not chain.persistent:  # only the end of the loop is left, which needs no worker
-            chain.sampler = _Sampler(None, chain)
+            chain.sampler = Counted(None, chain)
             chain.sampler.stream.drawn, chain.sampler.stream.ended = how_far.drawn, True
             return
         present = chain.parent_state()
@@ -581,7 +337,7 @@ class _Pass:
             "began": _to_plain(self._began),
             "bore": self._bore,
             "first": stream.first and _to_plain(stream.first),
-            "drawn": list(_Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
+            "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
         }
 
     def next(self) -> Any:
@@ -654,7 +410,7 @@ class _Batches(Iterator[Any]):
         self._pass.leave()
 
 
-def bind(loader: DataLoader[Any], name: str, position: Position, on_head: Callable[[Mark], None]) -> _Chain:
+def bind(loader: DataLoader[Any], name: str, position: Position, on_head: Callable[[Mark], None]) -> Chain:
     """Make a loader resumable within a run.
 
     Raises:
@@ -662,5 +418,5 @@ def bind(loader: DataLoader[Any], name: str, position: Position, on_head: Callab
     """
     if loader._chain is not None and loader._chain.position is position:
         raise RegisterError(f"one loader is registered twice, as '{loader._chain.name}' and as '{name}'")
-    loader._chain = _Chain(loader, name, position, on_head)
+    loader._chain = Chain(loader, name, position, on_head)
     return loader._chain
