@@ -42,6 +42,7 @@ class Pass:
     boundaries: int  # of this process, when it began
     advanced: int | None = None  # tick at which it last handed something out
     depth: int = 0  # how many scopes there were then
+    early: bool = True  # all that it handed out came before the first boundary of its home
 
 
 @dataclass
@@ -166,6 +167,7 @@ class Position:
                 "the turn that uses it; for a look at the first one, use an iterator of its own"
             )
         running.depth = len(self._scopes)
+        running.early = running.early and self._scopes[min(running.home, len(self._scopes) - 1)].quiet
         running.advanced = self._tick
 
     def end(self, ended: Pass, *, exhausted: bool) -> None:
@@ -246,26 +248,44 @@ class Position:
         for other in self._running.values():
             if other is head or other.loop in ("epochs", "steps") or other.advanced is None:
                 continue
+            if self._is_only_held(other):
+                continue
             if other.advanced < since:
                 return other.loop
         return None
 
+    def _is_only_held(self, one: Pass) -> bool:
+        """Whether its iterator lives on after a look at the first batches, taken before the range began.
+
+        It is no loop that has to go on, and is gone through again like any look.
+        """
+        return one.early and one.advanced is not None and one.depth < len(self._scopes)
+
     def capture(self, owner: str | None) -> dict[str, Any]:
         """Return the place as plain data."""
+        held = [p for p in self._running.values() if self._is_only_held(p)]
         return {
             "owner": owner,
             "scopes": [
                 {
                     "passes": dict(s.passes),
-                    "glances": {loop: list(ordinals) for loop, ordinals in s.glances.items()},
+                    "glances": {
+                        loop: [
+                            *s.glances.get(loop, ()),
+                            *(p.ordinal for p in held if (p.loop, p.home) == (loop, n)),
+                        ]
+                        for loop in {*s.glances, *(p.loop for p in held)}
+                    },
                     "boundaries": s.boundaries,
                     "quiet": s.quiet,
                     "ended": dict(s.ended),
                 }
-                for s in self._scopes
+                for n, s in enumerate(self._scopes)
             ],
             "running": [
-                {"loop": p.loop, "home": p.home, "ordinal": p.ordinal} for p in self._running.values()
+                {"loop": p.loop, "home": p.home, "ordinal": p.ordinal}
+                for p in self._running.values()
+                if p not in held
             ],
         }
 

@@ -18,7 +18,7 @@ from chainrun.checkpoint import image, state, writer
 from chainrun.checkpoint.store import Committed, Store, rank_file, read_committed
 from chainrun.errors import ChainrunError, CheckpointError, RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, rng, stop
+from chainrun.training import data, rng, stop, variables
 from chainrun.training.metrics import Metrics
 from chainrun.training.position import Pass, Position
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -95,6 +95,7 @@ class Run:
         self._due: Wish | None = None
         self._deferred = False
         self._ended: Wish | None = None
+        self._counters: tuple[Any, int, variables.Seen] | None = None
         self._saved_at: tuple[int, str | None] | None = None
         self._size = 0  # bytes of the registered weights and two moments each
         self._warned = False
@@ -249,7 +250,34 @@ class Run:
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = None
+        self._compare_variables(saved)
         rng.restore(rng.from_tensors(saved["rng"]))
+
+    def _compare_variables(self, saved: dict[str, Any]) -> None:
+        """Warn of local variables that are not what they were: now, and at the next head of the same loader."""
+        before, place = saved["variables"], saved["position"]["owner"]
+        lost = variables.differences(before, variables.seen())
+        if lost:
+            self._setting.say(
+                f"warning: local variables differ from when the checkpoint was taken: {', '.join(lost[:5])}. "
+                "They are not restored; if they matter, keep them in run.state"
+            )
+        chain = next((chain for chain in self._loaders.values() if chain.loop == place), None)
+        if chain is not None:
+            self._counters = (chain, chain.saved["pass"]["drawn"][0], before)
+
+    def _compare_counters(self, head: Pass) -> None:
+        assert self._counters is not None
+        chain, handed_out, before = self._counters
+        if chain.loop != head.loop or chain.handed_out == handed_out:
+            return
+        self._counters = None
+        lost = variables.restarted(before, variables.seen(), handed_out)
+        if chain.handed_out == handed_out + 1 and lost:
+            self._setting.say(
+                f"warning: a count of the batches has begun again: {', '.join(lost)}. enumerate() and range() "
+                "know nothing of a resume; count in run.state, or use run.global_step or run.steps()"
+            )
 
     def _random_state(self) -> dict[str, Any]:
         """Return all that is random, and where the loaders' workers are, as tensors and plain data."""
@@ -414,6 +442,8 @@ class Run:
 
     def _at_head(self, head: Pass) -> None:
         """A loop asks for its next turn; the rest of the boundary's loop body has run."""
+        if self._counters is not None:
+            self._compare_counters(head)
         if self._due is not None and self._position.is_head(head):
             self._capture(head)
 
@@ -458,6 +488,7 @@ class Run:
             "state": self.state,
             "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
+            "variables": variables.seen(),
             "ranges": self._ranges,
             "global_step": self.global_step,
             "epoch": self.epoch,
