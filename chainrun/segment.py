@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import experiment, function, journal
 from chainrun.allocation import Allocation
 from chainrun.errors import ChainrunError
-from chainrun.lock import BEAT, Lock
+from chainrun.lock import BEAT, Lock, Locked
 from chainrun.rundir import RunDir, write_durably
 from chainrun.training.stop import Pace, SegmentEnd, Signals
 
@@ -26,15 +27,17 @@ if TYPE_CHECKING:
 class Outcome:
     """How a segment ended."""
 
-    kind: Literal["done", "stopped", "failed", "retry", "idle"]
+    kind: Literal["done", "stopped", "failed", "retry", "idle", "locked"]
     """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
-    the run is done, failed or cancelled."""
+    the run is done, failed or cancelled. ``locked``: another segment carries the run."""
     reason: str = ""
     step: int = 0
 
 
 def say(line: str) -> None:
-    print(f"chainrun: {line}", file=sys.stderr, flush=True)
+    """Print a line to this rank's log; a full disk does not end a training for it."""
+    with contextlib.suppress(OSError):
+        print(f"chainrun: {line}", file=sys.stderr, flush=True)
 
 
 def run_segment(run: RunDir, allocation: Allocation, signals: Signals) -> Outcome:
@@ -62,6 +65,9 @@ def run_segment(run: RunDir, allocation: Allocation, signals: Signals) -> Outcom
             )
             say(f"segment {segment.number} stops at step {step} ({end.wish.reason}), checkpoint committed")
         return Outcome("stopped", end.wish.reason, step)
+    except Locked as error:  # the run is well, in other hands
+        say(str(error))
+        return Outcome("locked", str(error))
     except BaseException as error:
         return segment.fail(error)
     finally:
@@ -239,7 +245,7 @@ class _Segment:
             self.training._close()
         if self._control is not None and not self._failed:
             self._control.leave()
-        if self._locked:
+        if self._locked:  # the last act: from here on another segment may write
             self._lock.release()
 
 

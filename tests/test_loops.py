@@ -724,7 +724,7 @@ def test_segment_ends_again_for_a_function_that_trains_on() -> None:
     sweep(train, 6)
 
 
-# ---- local variables ---------------------------------------------------------------------------------
+# ---- iterators held by variables ---------------------------------------------------------------------
 
 
 def test_iterator_that_is_held_after_a_look() -> None:
@@ -763,65 +763,3 @@ def test_hand_driven_loops_in_epochs_are_gone_through_again() -> None:
         return t.result()
 
     sweep(train, 12)
-
-
-def test_lost_variables_are_named() -> None:
-    """A local best score, a hidden state: the resumed segment says that they are not what they were."""
-
-    def train(run: Any, DataLoader: Any) -> None:
-        t = Tools(run, DataLoader)
-        best, hidden, same = 0.0, torch.zeros(2), 7
-        for _ in run.epochs(2):
-            for x in t.loader:
-                t.learn(x)
-                best += 0.5 + same
-                hidden = hidden + 1
-                t.step()
-
-    (line,) = [line for line in cut(train, (2,)).said if "local variables differ" in line]
-    assert "best of " in line and "(15.0 → 0.0)" in line and "hidden of " in line and "same" not in line
-
-
-def test_count_of_batches_that_begins_again_is_named() -> None:
-    """``enumerate(loader)`` starts at 0 in a resumed segment, and so does a range with ``next(it)``."""
-
-    def enumerated(run: Any, DataLoader: Any) -> None:
-        t = Tools(run, DataLoader, n=12)
-        for _ in run.epochs(2):
-            for i, x in enumerate(t.loader):
-                t.learn(x)
-                t.step()
-                assert i >= 0
-
-    def by_hand(run: Any, DataLoader: Any) -> None:
-        t = Tools(run, DataLoader, n=20)
-        it = iter(t.loader)
-        for i in range(7):
-            t.learn(next(it))
-            t.step()
-            assert i >= 0
-
-    for train in (enumerated, by_hand):
-        (line,) = [line for line in cut(train, (3,)).said if "has begun again" in line]
-        assert "i of " in line
-
-
-def test_batch_that_a_generator_took_ahead_is_named() -> None:
-    """A prefetching generator holds a batch that was not trained on when the cut comes."""
-
-    def ahead(loader: Any) -> Any:
-        held = None
-        for (x,) in loader:
-            if held is not None:
-                yield held
-            held = x
-        yield held
-
-    def train(run: Any, DataLoader: Any) -> None:
-        t = Tools(run, DataLoader)
-        for _ in run.epochs(2):
-            for x in ahead(t.loader):
-                t.learn(x)
-                t.step()
-
-    assert any("held of " in line for line in cut(train, (1,)).said)

@@ -41,7 +41,12 @@ class Alone:
 
 
 def save(
-    store: Store, group: Group, step: int, tree: dict[str, Any], about: dict[str, Any]
+    store: Store,
+    group: Group,
+    step: int,
+    tree: dict[str, Any],
+    about: dict[str, Any],
+    unready: str | None = None,
 ) -> tuple[Path, float]:
     """Write and commit one checkpoint; every rank calls it. Return its path and the seconds it took.
 
@@ -49,6 +54,7 @@ def save(
         step: the global step, which names the directory.
         tree: this rank's state.
         about: what the manifest says besides sizes and hashes.
+        unready: why this rank's state cannot be saved; the other ranks are told.
 
     Raises:
         CheckpointError: a rank could not write; nothing was committed, older checkpoints are untouched.
@@ -68,8 +74,8 @@ def save(
     name, problem = group.broadcast([str(path), problem])
     path = Path(name)
     temporary = store.temporary(path)
-    report: dict[str, Any] = {"error": problem}
-    if problem is None:
+    report: dict[str, Any] = {"error": problem or unready}
+    if report["error"] is None:
         try:
             for key, value in tree.items():
                 state.check(value, "run.state" if key == "state" else key)

@@ -40,7 +40,7 @@ class Job:
         outcome = run_segment(run, allocation, signals)
         if leads and outcome.kind in ("done", "failed", "idle"):
             handoff.tidy(run, allocation)
-        if outcome.kind == "failed":
+        if outcome.kind in ("failed", "locked"):  # srun then ends the ranks that wait for this one
             sys.exit(EXIT_FAILED)
         if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
             # of a failed segment the rank that failed hands over: the others may wait for it for ever

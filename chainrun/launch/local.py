@@ -21,11 +21,12 @@ from typing import Any
 
 from chainrun import journal
 from chainrun.checkpoint.store import Store
-from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
+from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from chainrun.experiment import Experiment
 from chainrun.launch import handoff
 from chainrun.launch.job import LOCAL, Job
 from chainrun.launch.progress import Progress
+from chainrun.lock import holder
 from chainrun.rundir import RunDir
 
 _FOREVER = 10 * 365 * 24 * 3600.0
@@ -173,6 +174,10 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
         return EXIT_FAILED
     again = f"to go on: chainrun run {run.experiment}"
     event = next(iter(reversed(_ends(run, before))), None)
+    held = holder(run)
+    if event is None and held and held["alive"]:
+        progress.write(f"the run is being trained already, by process {held['pid']}; nothing was done")
+        return EXIT_USAGE
     if event is None:
         newest = next(iter(Store(run).committed()), None)
         what = (

@@ -203,11 +203,6 @@ class Chain:
         self.sampler.prepare(None, None)
         return batches
 
-    @property
-    def handed_out(self) -> int:
-        """Batches of the present pass so far."""
-        return 0 if self._pass is None else self._pass.handed_out
-
     def fraction(self) -> float:
         """Return how much of the running pass is done, 0 where none runs."""
         running = self._pass is not None and self._pass.running

@@ -6,6 +6,7 @@ costs no synchronization in the step. A checkpoint holds the file's size; a rest
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -38,17 +39,30 @@ class Metrics:
             line[name] = value.detach().clone() if isinstance(value, torch.Tensor) else value
         self._lines.append(line)
         if len(self._lines) >= FLUSH_LINES or time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
+            with contextlib.suppress(OSError):  # a full disk: a save will say so, the training goes on
+                self.flush()
 
     def flush(self) -> int:
         """Write what was noted; return the file's size in bytes."""
         lines = [{name: _plain(value) for name, value in line.items()} for line in self._lines]
-        self._lines, self._flushed = [], time.monotonic()
+        self._flushed = time.monotonic()
         if lines:
-            append_lines(self._path, lines)
+            append_lines(self._path, lines)  # where that fails the lines are kept for the next time
+            self._lines = []
             for line in lines:
                 self.latest.update(line)
         return self._path.stat().st_size if self._path.exists() else 0
+
+    def settle(self) -> int:
+        """Write what was noted, durably; return the file's size, which a checkpoint then may rely on."""
+        size = self.flush()
+        if size:
+            fd = os.open(self._path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        return size
 
     def cut(self, size: int) -> None:
         """Drop the lines written after the checkpoint that said `size`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import sys
@@ -16,9 +17,10 @@ from chainrun import journal
 from chainrun.allocation import Allocation
 from chainrun.checkpoint import image, state, writer
 from chainrun.checkpoint.store import Committed, Store, rank_file, read_committed
-from chainrun.errors import ChainrunError, CheckpointError, RegisterError, RestoreError
+from chainrun.errors import CheckpointError, RegisterError, RestoreError
+from chainrun.lock import Locked
 from chainrun.rundir import RunDir
-from chainrun.training import data, rng, stop, variables
+from chainrun.training import data, rng, stop
 from chainrun.training.metrics import Metrics
 from chainrun.training.position import Pass, Position
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -95,7 +97,7 @@ class Run:
         self._due: Wish | None = None
         self._deferred = False
         self._ended: Wish | None = None
-        self._counters: tuple[Any, int, variables.Seen] | None = None
+        self._unready: str | None = None
         self._saved_at: tuple[int, str | None] | None = None
         self._size = 0  # bytes of the registered weights and two moments each
         self._warned = False
@@ -250,34 +252,7 @@ class Run:
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = None
-        self._compare_variables(saved)
         rng.restore(rng.from_tensors(saved["rng"]))
-
-    def _compare_variables(self, saved: dict[str, Any]) -> None:
-        """Warn of local variables that are not what they were: now, and at the next head of the same loader."""
-        before, place = saved["variables"], saved["position"]["owner"]
-        lost = variables.differences(before, variables.seen())
-        if lost:
-            self._setting.say(
-                f"warning: local variables differ from when the checkpoint was taken: {', '.join(lost[:5])}. "
-                "They are not restored; if they matter, keep them in run.state"
-            )
-        chain = next((chain for chain in self._loaders.values() if chain.loop == place), None)
-        if chain is not None:
-            self._counters = (chain, chain.saved["pass"]["drawn"][0], before)
-
-    def _compare_counters(self, head: Pass) -> None:
-        assert self._counters is not None
-        chain, handed_out, before = self._counters
-        if chain.loop != head.loop or chain.handed_out == handed_out:
-            return
-        self._counters = None
-        lost = variables.restarted(before, variables.seen(), handed_out)
-        if chain.handed_out == handed_out + 1 and lost:
-            self._setting.say(
-                f"warning: a count of the batches has begun again: {', '.join(lost)}. enumerate() and range() "
-                "know nothing of a resume; count in run.state, or use run.global_step or run.steps()"
-            )
 
     def _random_state(self) -> dict[str, Any]:
         """Return all that is random, and where the loaders' workers are, as tensors and plain data."""
@@ -442,8 +417,6 @@ class Run:
 
     def _at_head(self, head: Pass) -> None:
         """A loop asks for its next turn; the rest of the boundary's loop body has run."""
-        if self._counters is not None:
-            self._compare_counters(head)
         if self._due is not None and self._position.is_head(head):
             self._capture(head)
 
@@ -488,17 +461,31 @@ class Run:
             "state": self.state,
             "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
-            "variables": variables.seen(),
             "ranges": self._ranges,
             "global_step": self.global_step,
             "epoch": self.epoch,
-            "metrics": self._metrics.flush() if self.is_main else 0,
+            "metrics": self._settle_metrics(),
         }
+
+    def _settle_metrics(self) -> int:
+        """Return the size of the metrics' file, all that was logged in it; note why not, for the save to tell."""
+        self._unready = None
+        try:
+            return self._metrics.settle() if self.is_main else 0
+        except OSError as error:
+            self._unready = f"{self._run.metrics} could not be written: {error.strerror}"
+            return 0
+
+    def _note(self, event: str, **fields: Any) -> None:
+        """Record an event, if this is rank 0; a full disk does not end a training for it."""
+        if self.is_main:
+            with contextlib.suppress(OSError):
+                journal.record(self._run, event, **fields)
 
     def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
         setting, watch = self._setting, self._watch
         if not setting.may_write():
-            raise ChainrunError(
+            raise Locked(
                 f"another segment has taken over {self.dir}: this one ends without writing, so that only one does"
             )
         about = {
@@ -511,20 +498,20 @@ class Run:
             **about,
         }
         try:
-            path, seconds = writer.save(self._store, setting.group, self.global_step, tree, about)
+            path, seconds = writer.save(
+                self._store, setting.group, self.global_step, tree, about, self._unready
+            )
         except CheckpointError as error:
             if wish.kind == "stop":
                 raise
             # older checkpoints are untouched and the training is well: go on, say so, try again in time
             watch.saved(watch.pace.save_seconds)
-            if self.is_main:
-                journal.record(self._run, "unsaved", step=self.global_step, reason=str(error))
-                setting.say(f"warning: {error}; the training goes on without it")
+            self._note("unsaved", step=self.global_step, reason=str(error))
+            setting.say(f"warning: {error}; the training goes on without it")
             return
         watch.saved(seconds)
         if self.is_main:
-            journal.record(
-                self._run,
+            self._note(
                 "checkpoint",
                 segment=self.segment,
                 step=self.global_step,
@@ -596,7 +583,8 @@ class Run:
         self._watch.close()
         for chain in self._loaders.values():
             chain.close()
-        self._metrics.flush()
+        with contextlib.suppress(OSError):  # a full disk: what counts is in the checkpoint
+            self._metrics.flush()
 
 
 def _device(local_rank: int) -> torch.device:
