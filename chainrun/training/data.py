@@ -137,8 +137,8 @@ class Chain:
     def set_snapshot(self, saved: dict[str, Any]) -> None:
         """Go back to a snapshot; the global streams are left alone. The next pass has new workers."""
         if self._pass is None or not self._pass.running:
+            self.close()
             self.recall(saved)
-            self._inner = None
         carried.put(self._carriers(), carried.from_plain(saved["carried"]), f"the loader '{self.name}'")
 
     def recall(self, saved: dict[str, Any]) -> None:
