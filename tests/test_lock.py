@@ -9,13 +9,19 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 
+from chainrun import experiment
 from chainrun import lock as module
+from chainrun.allocation import Allocation
+from chainrun.launch import submit
 from chainrun.lock import STALE, Lock, Locked, holder
 from chainrun.rundir import RunDir
+from chainrun.segment import run_segment
+from chainrun.training.stop import Signals
 
 HOLD = str(Path(__file__).parent / "faults" / "hold.py")
 
@@ -175,3 +181,19 @@ def test_what_a_killed_holder_left_is_cleaned_up(run):
     lock.beat(step=1)
     lock.release()
     assert {path.name for path in run.path.iterdir()} == {"checkpoints", "jobs"}
+
+
+def test_a_segment_that_finds_the_run_held_leaves_it_alone(run, keeper, monkeypatch, capsys):
+    """A second start says who trains, and writes neither FAILED nor an event that would end the first."""
+    described = experiment.from_dict(
+        {"name": "run", "function": "json:dumps", "dir": str(run.path.parent)}, run.path
+    )
+    submit.create(run, described)
+    before = run.journal.read_text()
+    monkeypatch.setattr(Lock, "acquire", partialmethod(Lock.acquire, wait=0.5))
+    outcome = run_segment(run, Allocation(job="other"), Signals())
+    assert outcome.kind == "locked"
+    assert "another segment is writing" in capsys.readouterr().err
+    assert not run.failed.exists()
+    assert run.journal.read_text() == before
+    assert holder(run)["pid"] == keeper.pid

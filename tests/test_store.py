@@ -525,6 +525,25 @@ def test_a_full_disk_at_a_periodic_save_is_a_warning(small_disk):
     assert train(folder, 11, size=100_000).run.restored_from.step == 9
 
 
+def test_a_disk_without_a_byte_left_ends_no_training_and_loses_no_metric(small_disk):
+    """What was logged meanwhile is kept in memory, and written when there is room again."""
+    folder = small_disk / "run"
+
+    def during(run: Run) -> None:
+        run.log(note="y" * 5000)
+        if run.global_step == 4:
+            fill(small_disk, leave=0)
+        if run.global_step == 7:
+            (small_disk / "filler").unlink()
+
+    trained = train(folder, 10, size=1000, during=during)
+    assert trained.run.global_step == 10
+    assert "metrics.jsonl could not be written: No space left on device" in trained.said[0]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "note" in line] == list(range(10))
+    assert names(folder) == ["step-00000003", "step-00000009"]
+
+
 def test_a_full_disk_at_the_final_save_fails_the_run_and_leaves_the_older_checkpoint(small_disk, tmp_path):
     """Exit code 1, what failed and how much is free; with room again the same command ends the run."""
     file = tmp_path / "full.yaml"
