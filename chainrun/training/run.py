@@ -15,7 +15,7 @@ import torch
 
 from chainrun import journal
 from chainrun.allocation import Allocation
-from chainrun.checkpoint import image, state, writer
+from chainrun.checkpoint import image, objects, state, writer
 from chainrun.checkpoint.store import Committed, Store, rank_file, read_committed
 from chainrun.errors import CheckpointError, RegisterError, RestoreError
 from chainrun.lock import Locked
@@ -89,7 +89,7 @@ class Run:
         self.state: dict[str, Any] = {}
         self._store = Store(self._run)
         self._metrics = Metrics(self._run.metrics, active=self.is_main)
-        self._objects: dict[str, state.Stateful] = {}
+        self._objects: dict[str, objects.Stateful] = {}
         self._loaders: dict[str, Any] = {}
         self._registered: dict[int, tuple[str, Any]] = {}  # by id, which is unique while the object lives
         self.on_batch: Callable[[str, Any], None] | None = None
@@ -166,7 +166,7 @@ class Run:
             if isinstance(thing, torch.nn.Module):
                 self._size += 3 * sum(parameter.nbytes for parameter in thing.parameters())
 
-    def _adapt(self, name: str, thing: Any) -> state.Stateful:
+    def _adapt(self, name: str, thing: Any) -> objects.Stateful:
         if isinstance(thing, rng.GENERATORS):
             return rng.Registered(thing)
         if isinstance(thing, torch.utils.data.DataLoader):
@@ -179,7 +179,7 @@ class Run:
                 f"warning: '{name}' is torchdata's StatefulDataLoader, which does not restore its workers' "
                 "random state; chainrun.DataLoader does"
             )
-        return state.adapt(name, thing)
+        return objects.adapt(name, thing)
 
     def _saved_for(self, name: str) -> Any:
         if self._saved is None:  # at a fresh start, and where the function has gone on to its next phase
@@ -245,8 +245,8 @@ class Run:
             )
         for name, thing in self._objects.items():
             thing.load_state_dict(saved["objects"][name])
-        state.load_extras(self._objects, saved["extras"])
-        state.load_gradients(self._objects, saved["gradients"])
+        objects.load_extras(self._objects, saved["extras"])
+        objects.load_gradients(self._objects, saved["gradients"])
         for chain in self._loaders.values():
             chain.go_on()
         state.refill(self.state, saved["state"])
@@ -386,7 +386,7 @@ class Run:
         if not self._checked:
             self._checked, self._next = True, self._first_due
             things = [thing for _, thing in self._registered.values()]
-            for line in state.forgotten(self._objects, things):
+            for line in objects.forgotten(self._objects, things):
                 self._setting.say(f"warning: {line}")
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:
@@ -455,8 +455,8 @@ class Run:
         """This rank's state, ready to be written."""
         return {
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
-            "extras": state.extras(self._objects),
-            "gradients": state.gradients(self._objects),
+            "extras": objects.extras(self._objects),
+            "gradients": objects.gradients(self._objects),
             "loaders": {name: chain.state_dict() for name, chain in self._loaders.items()},
             "state": self.state,
             "rng": rng.to_tensors(rng.capture()),
@@ -534,7 +534,7 @@ class Run:
         """Whether the function is on its way to the checkpoint's place."""
         return self._position.walking
 
-    def registered(self) -> Iterator[tuple[str, state.Stateful]]:
+    def registered(self) -> Iterator[tuple[str, objects.Stateful]]:
         """Yield the registered objects that are not loaders, by name."""
         yield from self._objects.items()
 

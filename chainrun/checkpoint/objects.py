@@ -1,0 +1,321 @@
+"""Registered objects to plain trees of tensors and back, without losing a bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from chainrun.errors import RegisterError, RestoreError
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything that gives its state and takes it back."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:  # torch._dynamo.OptimizedModule, without importing dynamo
+            module = module._orig_mod  # type: ignore[assignment]
+        else:
+            return module
+
+
+class _Module:
+    """A module; wrappers do not show in the names, so that a checkpoint fits with and without them."""
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self._name, self._module = name, unwrap(module)
+        self._built = self._settings()
+        self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return list(self._module.parameters())
+
+    def _settings(self) -> dict[str, bool | int | float]:
+        """Return the numbers and flags that state_dict() leaves out: training, requires_grad, p of a dropout."""
+        found: dict[str, bool | int | float] = {}
+        for path, module in self._module.named_modules(remove_duplicate=False):
+            for name, value in vars(module).items():
+                if type(value) in (bool, int, float):
+                    found[f"{path}.{name}"] = value
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    found[f"{path}.{name}.requires_grad"] = parameter.requires_grad
+        return found
+
+    def _unsaved_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for path, module in self._module.named_modules():
+            for name in sorted(module._non_persistent_buffers_set):
+                buffer = module._buffers.get(name)
+                if buffer is not None:
+                    yield f"{path}.{name}", buffer
+
+    def extra(self) -> dict[str, Any]:
+        """Return what has changed since it was registered and is not in state_dict()."""
+        settings = self._settings()
+        return {
+            "settings": {k: v for k, v in settings.items() if k not in self._built or self._built[k] != v},
+            "buffers": {p: b for p, b in self._unsaved_buffers() if self._versions.get(p) != _version(b)},
+        }
+
+    def load_extra(self, extra: dict[str, Any]) -> None:
+        wanted = {**self._built, **extra["settings"]}
+        for path, value in self._settings().items():
+            if path in wanted and wanted[path] != value:
+                owner, name = self._find(path)
+                setattr(owner, name, wanted[path])
+        for path, buffer in extra["buffers"].items():
+            owner, name = self._find(path)
+            owner._buffers[name] = buffer.to(_device_of(owner._buffers[name]), copy=True)
+
+    def _find(self, path: str) -> tuple[Any, str]:
+        where, _, name = path.rpartition(".")
+        owner: Any = self._module
+        for part in where.strip(".").split("."):
+            owner = getattr(owner, part) if part else owner
+        return owner, name
+
+    def state_dict(self) -> Any:
+        return self._module.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        differences = list(_differences(self._module.state_dict(), state))
+        if differences:
+            shown = "; ".join(differences[:5]) + (
+                f"; and {len(differences) - 5} more" * (len(differences) > 5)
+            )
+            raise RestoreError(
+                f"the module '{self._name}' is not the one that was saved: {shown}. Nothing was restored; "
+                "build it as it was, or start a new run"
+            )
+        self._module.load_state_dict(state)
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    return id(tensor), tensor._version
+
+
+def _device_of(tensor: torch.Tensor | None) -> torch.device | None:
+    return None if tensor is None else tensor.device
+
+
+def _differences(mine: Any, saved: Any) -> Iterator[str]:
+    for key in mine.keys() - saved.keys():
+        yield f"{key} is not in the checkpoint"
+    for key in saved.keys() - mine.keys():
+        yield f"{key} is in the checkpoint only"
+    for key in mine.keys() & saved.keys():
+        a, b = mine[key], saved[key]
+        if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+            continue
+        if torch.nn.parameter.is_lazy(a):
+            continue
+        if a.shape != b.shape:
+            yield f"{key} has shape {tuple(a.shape)}, in the checkpoint {tuple(b.shape)}"
+        elif a.dtype != b.dtype:
+            yield f"{key} is {a.dtype}, in the checkpoint {b.dtype}"
+
+
+class _Optimizer:
+    """An optimizer; its tensors come back in the dtype they had.
+
+    `torch.optim.Optimizer.load_state_dict` casts floating-point state to the parameter's dtype, which loses
+    bits where an optimizer keeps fp32 state of bf16 parameters.
+    """
+
+    def __init__(self, name: str, optimizer: torch.optim.Optimizer) -> None:
+        self._name, self._optimizer = name, optimizer
+        optimizer.register_step_post_hook(self._mark)
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a learning-rate scheduler was built for it."""
+        return hasattr(self._optimizer.step, "_wrapped_by_lr_sched")
+
+    def extra(self) -> dict[str, Any]:
+        """Return what the parameters' order and the algorithm are known by."""
+        shapes = [list(parameter.shape) for parameter in self.parameters]
+        return {"kind": type(self._optimizer).__qualname__, "shapes": shapes}
+
+    def load_extra(self, saved: dict[str, Any]) -> None:
+        for mine, found in zip(self.extra().values(), saved.values(), strict=True):
+            if mine != found:
+                raise RestoreError(
+                    f"the optimizer '{self._name}' is not the one that was saved: it has {mine}, the checkpoint "
+                    f"{found}; build it as it was, or start a new run"
+                )
+
+    def drives(self, thing: Any) -> bool:
+        return getattr(thing, "optimizer", None) is self._optimizer
+
+    def _mark(self, *_: Any) -> None:
+        """Note on each gradient that this optimizer has used it as it now is."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                used = vars(parameter.grad).setdefault("_used_by", {})
+                used[self._name] = parameter.grad._version
+
+    def unused(self) -> dict[int, torch.Tensor]:
+        """Return the gradients that this optimizer has not used yet, by the parameter's place."""
+        found = {}
+        for place, parameter in enumerate(self.parameters):
+            grad = parameter.grad
+            if grad is not None and vars(grad).get("_used_by", {}).get(self._name) != grad._version:
+                found[place] = grad.detach()
+        return found
+
+    def state_dict(self) -> Any:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        optimizer = self._optimizer
+        try:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        except (ValueError, KeyError) as error:
+            raise RestoreError(
+                f"the optimizer '{self._name}' is not the one that was saved: {error}"
+            ) from error
+        for group, saved_group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+            for parameter, index in zip(group["params"], saved_group["params"], strict=True):
+                for key, value in state["state"].get(index, {}).items():
+                    live = optimizer.state[parameter][key]
+                    if isinstance(value, torch.Tensor) and live.dtype != value.dtype:
+                        optimizer.state[parameter][key] = value.to(live.device, copy=True)
+        # an earlier process has called step(): else a scheduler warns that it was called first
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+class _Other:
+    """Any other object with state_dict and load_state_dict; it never gets hold of the saved tensors."""
+
+    def __init__(self, name: str, thing: Stateful) -> None:
+        self._name, self._thing = name, thing
+
+    @property
+    def thing(self) -> Stateful:
+        return self._thing
+
+    def state_dict(self) -> Any:
+        return self._thing.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        try:
+            self._thing.load_state_dict(copy.deepcopy(state))
+        except RestoreError:
+            raise
+        except Exception as error:
+            raise RestoreError(
+                f"'{self._name}' ({type(self._thing).__name__}) did not take its saved state: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def adapt(name: str, thing: Any) -> Stateful:
+    """Return what saves and restores a registered object.
+
+    Raises:
+        RegisterError: it has no state_dict and load_state_dict.
+    """
+    if isinstance(thing, torch.nn.Module):
+        return _Module(name, thing)
+    if isinstance(thing, torch.optim.Optimizer):
+        return _Optimizer(name, thing)
+    if isinstance(thing, Stateful) and not isinstance(thing, type):
+        return _Other(name, thing)
+    raise RegisterError(
+        f"register({name}=...) was given a {type(thing).__name__}, which has no state_dict and "
+        "load_state_dict; give it both, or keep plain values (numbers, lists, dicts, tensors) in run.state"
+    )
+
+
+def gradients(things: dict[str, Stateful]) -> dict[str, dict[int, torch.Tensor]]:
+    """Return the gradients that are still to be used, by the name of the optimizer or, without one, the module."""
+    optimizers = {name: thing for name, thing in things.items() if isinstance(thing, _Optimizer)}
+    optimized = {id(parameter) for thing in optimizers.values() for parameter in thing.parameters}
+    found = {name: thing.unused() for name, thing in optimizers.items()}
+    for name, thing in things.items():
+        if isinstance(thing, _Module):
+            found[name] = {
+                place: parameter.grad.detach()
+                for place, parameter in enumerate(thing.parameters)
+                if parameter.grad is not None and id(parameter) not in optimized
+            }
+    return found
+
+
+def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch.Tensor]]) -> None:
+    """Set the gradients to those that were saved, all others to None."""
+    owners = {name: thing for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
+    for thing in owners.values():
+        for parameter in thing.parameters:
+            parameter.grad = None
+    for name, thing in owners.items():
+        parameters = thing.parameters
+        for place, grad in saved[name].items():
+            parameters[place].grad = grad.to(parameters[place].device, copy=True)
+
+
+def extras(things: dict[str, Stateful]) -> dict[str, Any]:
+    """Return what modules and optimizers are and keep besides their state_dict."""
+    return {name: thing.extra() for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
+
+
+def load_extras(things: dict[str, Stateful], saved: dict[str, Any]) -> None:
+    """Set what `extras` returned.
+
+    Raises:
+        RestoreError: an optimizer is another one.
+    """
+    for name, thing in things.items():
+        if isinstance(thing, (_Module, _Optimizer)):
+            thing.load_extra(saved[name])
+
+
+def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:
+    """Yield what the registered optimizers show to be missing.
+
+    Raises:
+        RegisterError: parameters that an optimizer trains belong to no registered object.
+    """
+    held = {
+        id(parameter)
+        for thing in things.values()
+        if isinstance(thing, _Module)
+        for parameter in thing.parameters
+    }
+    others = any(isinstance(t, _Other) and not _of_torch(t.thing) for t in things.values())
+    for name, thing in things.items():
+        if not isinstance(thing, _Optimizer):
+            continue
+        free = [parameter for parameter in thing.parameters if id(parameter) not in held]
+        if free and not others:
+            raise RegisterError(
+                f"the optimizer '{name}' trains {len(free)} parameters, the first of shape {tuple(free[0].shape)}, "
+                "that no registered object holds; a resumed run would lose what they have learned. Register the "
+                "module they belong to (loose ones: torch.nn.ParameterList([...]))"
+            )
+        if thing.is_scheduled and not any(map(thing.drives, originals)):
+            yield (
+                f"a learning-rate scheduler drives the optimizer '{name}' and is not registered; unless it is "
+                "set anew in every step, a resumed run will have other learning rates"
+            )
+
+
+def _of_torch(thing: Any) -> bool:
+    return type(thing).__module__.partition(".")[0] == "torch"
