@@ -103,7 +103,8 @@ class _Segment:
         from chainrun.checkpoint.writer import Alone
         from chainrun.training import distributed, environment, rng
         from chainrun.training.record import Recorder
-        from chainrun.training.run import Run, Setting
+        from chainrun.training.run import Run
+        from chainrun.training.saving import Setting
 
         if described.deterministic:
             torch.use_deterministic_algorithms(True)

@@ -22,7 +22,7 @@ import torch
 
 import chainrun
 from chainrun.allocation import Allocation
-from chainrun.training.run import Setting
+from chainrun.training.saving import Setting
 from chainrun.training.stop import SegmentEnd, Wish
 
 Train = Callable[[Any, Any], Any]

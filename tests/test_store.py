@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from chainrun import journal
 from chainrun.checkpoint import image, state, writer
 from chainrun.checkpoint.store import FORMAT, MANIFEST, Store, flaw, rank_file, read_committed, seal
-from chainrun.errors import CheckpointError, RegisterError
+from chainrun.errors import CheckpointError, RegisterError, RestoreError
 from chainrun.rundir import RunDir, append_lines, read_lines
-from chainrun.training.run import Run, Setting
+from chainrun.training.run import Run
+from chainrun.training.saving import Setting
 
 FAULTS = Path(__file__).parent / "faults"
 
@@ -171,16 +172,18 @@ def test_a_damaged_checkpoint_gives_way_to_the_next_older_one(tmp_path, damage):
     assert train(tmp_path, 8).run.restored_from.step == 6
 
 
-def test_with_no_checkpoint_left_to_trust_the_run_says_so_and_starts_afresh(tmp_path):
-    """Each damaged one is named, and the metrics of the lost steps go with them."""
+def test_with_no_checkpoint_left_to_trust_the_run_says_so_and_does_not_begin_again(tmp_path):
+    """Each damaged one is named, and nothing is renamed, cut or lost."""
     train(tmp_path, 7, during=lambda run: run.log(index=run.global_step))
     for path in (tmp_path / "checkpoints").iterdir():
         truncate(path)
-    again = train(tmp_path, 2, during=lambda run: run.log(index=run.global_step))
-    assert not again.run.resumed
-    assert [line.split()[2] for line in again.said] == ["step-00000006", "step-00000003"]
-    assert all("going back to a fresh start" in line for line in again.said)
-    assert [line["index"] for line in read_lines(RunDir(tmp_path).metrics)] == [0, 1]
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        RestoreError, match=r"can be trusted \(step-00000006: .*; step-00000003: .*begin again"
+    ):
+        train(tmp_path, 2)
+    assert names(tmp_path) == ["step-00000003", "step-00000006"]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.fixture(scope="module")

@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chainrun import journal
-from chainrun.allocation import Allocation
-from chainrun.checkpoint import image, objects, state, writer
-from chainrun.checkpoint.store import Committed, Store, rank_file, read_committed
-from chainrun.errors import CheckpointError, RegisterError, RestoreError
-from chainrun.lock import Locked
+from chainrun.checkpoint import objects, state
+from chainrun.checkpoint.store import Committed
+from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
 from chainrun.training import data, rng, stop
-from chainrun.training.metrics import Metrics
 from chainrun.training.position import Pass, Position
+from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
 
 _NEVER = sys.maxsize
-
-
-@dataclass
-class Setting:
-    """What a segment gives its `Run`; the defaults are those of a `Run` made by hand."""
-
-    allocation: Allocation = field(default_factory=Allocation)
-    group: Any = field(default_factory=writer.Alone)
-    name: str = "run"
-    id: str = "run"
-    segment: int = 1
-    seed: int | None = 0
-    save_every_steps: int | None = None
-    keep: int = 2
-    keep_every: int | None = None
-    watch: dict[str, Any] = field(default_factory=stop.alone)
-    """Arguments of the `Watch` besides those that the run knows itself."""
-    environment: dict[str, Any] = field(default_factory=dict)
-    """Goes into the manifest."""
-    may_write: Callable[[], bool] = lambda: True
-    """Whether this segment (still) holds the run directory."""
-    say: Callable[[str], None] = lambda line: print(f"chainrun: {line}", file=sys.stderr, flush=True)
 
 
 class Run:
@@ -59,7 +32,10 @@ class Run:
 
     Args:
         dir: the run directory.
-        checkpoint: the checkpoint to restore; by default the newest that can be trusted.
+        setting: what a segment knows of its job and its experiment; none for a run made by hand.
+
+    Raises:
+        RestoreError: the folder's checkpoints cannot be trusted, or are of another number of ranks.
 
     Attributes:
         state: the user's own values, saved and restored; plain data and tensors.
@@ -87,8 +63,8 @@ class Run:
         self.global_step = 0
         self.epoch = 0
         self.state: dict[str, Any] = {}
-        self._store = Store(self._run)
-        self._metrics = Metrics(self._run.metrics, active=self.is_main)
+        self._saving = Saving(self._run, setting)
+        self._metrics = self._saving.metrics
         self._objects: dict[str, objects.Stateful] = {}
         self._loaders: dict[str, Any] = {}
         self._registered: dict[int, tuple[str, Any]] = {}  # by id, which is unique while the object lives
@@ -97,12 +73,16 @@ class Run:
         self._due: Wish | None = None
         self._deferred = False
         self._ended: Wish | None = None
-        self._unready: str | None = None
         self._saved_at: tuple[int, str | None] | None = None
         self._size = 0  # bytes of the registered weights and two moments each
         self._warned = False
         self.restored_from: Committed | None = None
-        self._saved = self._load()
+        self._saved: dict[str, Any] | None = None
+        if found := self._saving.load():
+            self.restored_from, self._saved = found
+            self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
+            self.state = copy.deepcopy(self._saved["state"])
+            setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
         self.resumed = self._saved is not None
         target = self._saved and self._saved["position"]
         self._position = Position(target, self._go_on, self._random_state, self._set_random_state)
@@ -193,44 +173,6 @@ class Run:
             "register what it holds under the same names, or start a new run"
         )
 
-    def _load(self) -> dict[str, Any] | None:
-        """Read this rank's file of the newest trusted checkpoint."""
-        setting = self._setting
-        newest: Committed | None = None
-        if self.is_main:
-            self._store.clean()
-            flawed: list[tuple[Committed, str]] = []
-            newest = self._store.newest(lambda checkpoint, why: flawed.append((checkpoint, why)))
-            for checkpoint, why in flawed:
-                aside = self._store.set_aside(checkpoint)
-                journal.record(self._run, "fallback", path=checkpoint.path.name, reason=why)
-                setting.say(
-                    f"the checkpoint {checkpoint.path.name} cannot be trusted ({why}); it is kept as "
-                    f"{aside.name}, going back to {newest.path.name if newest else 'a fresh start'}"
-                )
-        name = setting.group.broadcast(newest and str(newest.path))
-        if name is None:
-            self._metrics.cut(0)
-            return None
-        self.restored_from = checkpoint = read_committed(Path(name))
-        ranks = checkpoint.manifest["world_size"]
-        if ranks != self.world_size:
-            raise RestoreError(
-                f"the checkpoint {name} was taken with {ranks} ranks, this job has {self.world_size}; every "
-                f"rank has random state of its own, so start {ranks} ranks again, or a new run"
-            )
-        try:
-            saved: dict[str, Any] = image.read(checkpoint.path / rank_file(self.rank))
-        except CheckpointError as error:
-            raise RestoreError(str(error)) from error
-        self.global_step, self.epoch = saved["global_step"], saved["epoch"]
-        self.state = copy.deepcopy(saved["state"])
-        self._metrics.cut(saved["metrics"])
-        pace = checkpoint.manifest.get("pace")
-        if pace:
-            setting.watch["pace"] = stop.Pace(**pace)
-        return saved
-
     def _go_on(self) -> None:
         """The function has come to the place of the checkpoint: from here on it is the same training."""
         saved = self._saved
@@ -293,7 +235,7 @@ class Run:
                 place["entered"] = False
                 self.epoch = index
                 self._ranges["epochs"] = {"index": index, "of": n, "random": self._random_state()}
-                self._position.push("epochs")
+                self._position.push("epochs", what)
                 try:
                     yield index
                 finally:
@@ -314,7 +256,7 @@ class Run:
         what, mark = self._position.begin("steps")
         if what == "skip":
             return
-        self._position.push("steps")
+        self._position.push("steps", what)
         exhausted = False
         try:
             place = self._resume_range("steps", what)
@@ -429,8 +371,8 @@ class Run:
             if not self._deferred:
                 self._deferred = True
                 why = f"the loop over '{hindrance}' has handed out a batch that is still in use"
+                self._saving.note("deferred", step=self.global_step, reason=why)
                 if self.is_main:
-                    journal.record(self._run, "deferred", step=self.global_step, reason=why)
                     self._setting.say(f"a {wish.kind} ({wish.reason}) waits: {why}")
             return
         if head is None and self._position.inside is None and not self._warned and self.is_main:
@@ -464,64 +406,14 @@ class Run:
             "ranges": self._ranges,
             "global_step": self.global_step,
             "epoch": self.epoch,
-            "metrics": self._settle_metrics(),
+            "metrics": self._saving.settle_metrics(),
         }
-
-    def _settle_metrics(self) -> int:
-        """Return the size of the metrics' file, all that was logged in it; note why not, for the save to tell."""
-        self._unready = None
-        try:
-            return self._metrics.settle() if self.is_main else 0
-        except OSError as error:
-            self._unready = f"{self._run.metrics} could not be written: {error.strerror}"
-            return 0
-
-    def _note(self, event: str, **fields: Any) -> None:
-        """Record an event, if this is rank 0; a full disk does not end a training for it."""
-        if self.is_main:
-            with contextlib.suppress(OSError):
-                journal.record(self._run, event, **fields)
 
     def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
-        setting, watch = self._setting, self._watch
-        if not setting.may_write():
-            raise Locked(
-                f"another segment has taken over {self.dir}: this one ends without writing, so that only one does"
-            )
-        about = {
-            "run": self.id,
-            "epoch": self.epoch,
-            "segment": self.segment,
-            "reason": wish.reason,
-            "pace": vars(watch.pace),
-            "environment": setting.environment,
-            **about,
-        }
-        try:
-            path, seconds = writer.save(
-                self._store, setting.group, self.global_step, tree, about, self._unready
-            )
-        except CheckpointError as error:
-            if wish.kind == "stop":
-                raise
-            # older checkpoints are untouched and the training is well: go on, say so, try again in time
-            watch.saved(watch.pace.save_seconds)
-            self._note("unsaved", step=self.global_step, reason=str(error))
-            setting.say(f"warning: {error}; the training goes on without it")
-            return
-        watch.saved(seconds)
-        if self.is_main:
-            self._note(
-                "checkpoint",
-                segment=self.segment,
-                step=self.global_step,
-                path=path.name,
-                bytes=sum(file.stat().st_size for file in path.iterdir()),
-                seconds=round(seconds, 3),
-                reason=wish.reason,
-            )
-            for _ in self._store.retire(setting.keep, setting.keep_every):
-                pass
+        watch = self._watch
+        about = {"epoch": self.epoch, "pace": vars(watch.pace), **about}
+        seconds = self._saving.save(wish, self.global_step, tree, about)
+        watch.saved(watch.pace.save_seconds if seconds is None else seconds)
 
     def _guess_save_seconds(self) -> float:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
@@ -583,8 +475,7 @@ class Run:
         self._watch.close()
         for chain in self._loaders.values():
             chain.close()
-        with contextlib.suppress(OSError):  # a full disk: what counts is in the checkpoint
-            self._metrics.flush()
+        self._saving.close()
 
 
 def _device(local_rank: int) -> torch.device:

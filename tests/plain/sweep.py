@@ -27,7 +27,8 @@ import torch._dynamo  # torch's optimizers import it when they are first used: h
 import traced
 
 from chainrun.allocation import Allocation
-from chainrun.training.run import Run, Setting
+from chainrun.training.run import Run
+from chainrun.training.saving import Setting
 from chainrun.training.stop import SegmentEnd
 
 DONE, CUT, FAILED, MOST = 0, 75, 1, 50
