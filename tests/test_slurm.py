@@ -96,11 +96,12 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
     """Jobs with a one-minute limit are cut by it at least twice and requeued, and nothing shows in the bits."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one = Chain(slurm_cluster, tmp_path / "one", args={"epochs": 10, "nap": 0.85}, slurm={"time": "1min"})
+    # 120 steps of more than a second: more than two walltimes, on the fastest machine too
+    one = Chain(slurm_cluster, tmp_path / "one", args={"epochs": 10, "nap": 1.05}, slurm={"time": "1min"})
     two = Chain(
         slurm_cluster,
         tmp_path / "two",
-        args={"epochs": 20, "nap": 0.8},
+        args={"epochs": 20, "nap": 1.05},
         slurm={"time": "1min", "nodes": 2, "tasks_per_node": 1},
     )
     for chain in (one, two):
