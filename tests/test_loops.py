@@ -745,21 +745,35 @@ def test_iterator_that_is_held_after_a_look() -> None:
     sweep(train, 6)
 
 
-def test_hand_driven_loops_in_epochs_are_gone_through_again() -> None:
-    """Batches taken by hand in a loop of the function's own, inside an epoch."""
+def test_batches_taken_by_hand_beside_the_loop() -> None:
+    """More than one a turn, before and after the step: only the loop's own head is a place to cut at."""
 
     def train(run: Any, DataLoader: Any) -> str:
         t = Tools(run, DataLoader)
-        it = iter(t.loader)
-        for _ in run.epochs(3):
-            for _ in range(4):
-                try:
-                    x = next(it)
-                except StopIteration:
-                    it = iter(t.loader)
-                    x = next(it)
-                t.learn(x)
+        other = DataLoader(items(16), batch_size=2, shuffle=True)
+        run.register(other=other)
+        for _ in run.epochs(2):
+            it = iter(other)
+            for x in t.loader:
+                t.learn(x[0] + next(it)[0])
                 t.step()
+                run.log(after=next(it)[0].sum() + torch.rand(()))
         return t.result()
 
-    sweep(train, 12)
+    sweep(train, 6)
+
+
+@pytest.mark.parametrize("in_epochs", [True, False])
+def test_own_loops_that_take_batches_by_hand_are_refused(in_epochs: bool) -> None:
+    """``for i in range(n): next(it)`` would begin its count again; the first step says what to write."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader, n=20)
+        it = iter(t.loader)
+        for _ in run.epochs(1) if in_epochs else [0]:
+            for _ in range(4):
+                t.learn(next(it))
+                t.step()
+
+    with pytest.raises(RegisterError, match=r"taken with next\(\) in a loop of the function's own"):
+        cut(train)

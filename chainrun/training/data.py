@@ -15,7 +15,9 @@ are used:
 
 from __future__ import annotations
 
+import dis
 import pickle
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,6 +34,8 @@ from chainrun.training.position import Position
 from chainrun.training.worker import Collate, InitWorker, Items
 
 T = TypeVar("T")
+
+_LOOPS = {dis.opmap[name] for name in ("FOR_ITER", "SEND", "YIELD_FROM") if name in dis.opmap}
 
 
 class DataLoader(TorchDataLoader[T]):
@@ -335,8 +339,9 @@ class _Pass:
             "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
         }
 
-    def next(self) -> Any:
+    def next(self, *, by_hand: bool) -> Any:
         chain = self.chain
+        self._mark.by_hand = by_hand
         if threading.get_ident() != chain.thread:
             raise RegisterError(
                 f"the loader '{chain.name}' is used from a thread that did not register it; it would run ahead of "
@@ -396,7 +401,8 @@ class _Batches(Iterator[Any]):
         self._pass = one_pass
 
     def __next__(self) -> Any:
-        return self._pass.next()
+        caller = sys._getframe(1)  # zip, enumerate and the like have no frame: it is the loop around them
+        return self._pass.next(by_hand=caller.f_code.co_code[caller.f_lasti] not in _LOOPS)
 
     def __len__(self) -> int:
         return len(self._pass.chain.loader)

@@ -42,6 +42,7 @@ class Pass:
     boundaries: int  # of this process, when it began
     advanced: int | None = None  # tick at which it last handed something out
     depth: int = 0  # how many scopes there were then
+    by_hand: bool = False  # asked with next() instead of by a loop
     early: bool = True  # all that it handed out came before the first boundary of its home
 
 
@@ -52,11 +53,12 @@ class Scope:
     loop: str | None
     began: int  # tick
     inherited: dict[str, Pass]  # passes that were running when the scope began
+    resumed: bool = True  # during the walk: it is the checkpoint's scope, not another one on the way
     passes: dict[str, int] = field(default_factory=dict)
     glances: dict[str, list[int]] = field(default_factory=dict)  # passes to run again on the walk
     boundaries: int = 0
     quiet: bool = True  # no boundary was passed since it began, in inner scopes neither
-    ended: dict[str, Any] = field(default_factory=dict)  # by pass: boundaries and random state at its end
+    ended: dict[str, Any] = field(default_factory=dict)  # by pass: the counts and the random state at its end
 
 
 class Position:
@@ -112,6 +114,8 @@ class Position:
         return what, new
 
     def _what(self, new: Pass, inherited: bool) -> Begin:
+        if self.walking and not self._on_path():
+            return "fresh"
         waiting = self._waiting.get(new.loop)
         if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
             del self._waiting[new.loop]
@@ -130,7 +134,11 @@ class Position:
         if ended is not None:
             self._set_random_state(ended["random"])  # code between two loops draws what it drew then
             self._scopes[-1].boundaries = ended["boundaries"]
+            self._scopes[-1].passes.update(ended["passes"])  # loops inside that loop counted here too
         return "skip"
+
+    def _on_path(self) -> bool:
+        return all(scope.resumed for scope in self._scopes)
 
     def _saved_scope(self) -> dict[str, Any] | None:
         """What the checkpoint says of the present scope, None where it says nothing or the walk is over."""
@@ -184,13 +192,16 @@ class Position:
         if repeats and ended.boundaries == self.boundaries:
             scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
         else:
-            state = {"boundaries": scope.boundaries, "random": self._random_state()}
-            scope.ended[f"{ended.loop} {ended.ordinal}"] = state
+            scope.ended[f"{ended.loop} {ended.ordinal}"] = {
+                "boundaries": scope.boundaries,
+                "passes": dict(scope.passes),
+                "random": self._random_state(),
+            }
 
-    def push(self, loop: str) -> None:
-        """A turn of `epochs`, or a `steps` range, begins."""
+    def push(self, loop: str, what: Begin) -> None:
+        """A turn of `epochs`, or a `steps` range, begins; `what` is what `begin` said."""
         self._tick += 1
-        self._scopes.append(Scope(loop, self._tick, dict(self._running)))
+        self._scopes.append(Scope(loop, self._tick, dict(self._running), resumed=what == "resume"))
 
     def pop(self) -> None:
         """It is over. A pass that began inside and is still held counts as the next turn's first."""
@@ -222,6 +233,7 @@ class Position:
         scopes = self._target["scopes"]
         if (
             self._target["owner"] is None
+            and self._on_path()
             and len(self._scopes) == len(scopes)
             and scope.boundaries == scopes[-1]["boundaries"]
         ):
@@ -232,11 +244,29 @@ class Position:
         """Whether this loop is the present scope's own, so that its head is a place to capture at."""
         if self.inside == "steps":
             return head.loop == "steps"
-        return head.home == len(self._scopes) - 1
+        return head.home == len(self._scopes) - 1 and not head.by_hand
 
     def has_head(self) -> bool:
         """Whether a loop is running at whose head to capture; else it is done in the boundary call."""
         return any(self.is_head(running) for running in self._running.values())
+
+    def refuse_by_hand(self) -> None:
+        """Refuse a loop of the function's own that takes its batches with next().
+
+        Its count would begin again after a cut, and nothing tells how far it was.
+
+        Raises:
+            RegisterError: there is one, and no range or loader's loop whose head could be used.
+        """
+        if self.has_head():
+            return
+        for running in self._running.values():
+            if running.by_hand and (running.advanced or 0) >= self._scopes[-1].began:
+                raise RegisterError(
+                    f"batches of '{running.loop}' are taken with next() in a loop of the function's own, whose "
+                    "count a resume does not know; write that loop as `for step in run.steps(n):`, or go over "
+                    "the loader itself"
+                )
 
     def hindrance(self, head: Pass | None) -> str | None:
         """Return the name of an outer loop that makes a capture at this head inexact, None if exact.

@@ -327,6 +327,7 @@ class Run:
             raise SegmentEnd(self._ended)  # the function caught the first one
         if not self._checked:
             self._checked, self._next = True, self._first_due
+            self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
             for line in objects.forgotten(self._objects, things):
                 self._setting.say(f"warning: {line}")
@@ -355,6 +356,7 @@ class Run:
     def _wish(self, wish: Wish) -> None:
         self._due = wish
         if not self._position.has_head():
+            self._position.refuse_by_hand()
             self._capture(None)
 
     def _at_head(self, head: Pass) -> None:
