@@ -68,7 +68,9 @@ class Chain:
             time.sleep(0.3)
 
     def wait_done(self, seconds: float) -> None:
-        self.wait((self.run / "DONE").exists, seconds, "the end of the run")
+        over = [self.run / "DONE", self.run / "FAILED"]
+        self.wait(lambda: any(marker.exists() for marker in over), seconds, "the end of the run")
+        assert over[0].exists(), over[1].read_text()
 
 
 def plain(folder: Path, epochs: int, ranks: int = 1) -> Path:
