@@ -55,12 +55,12 @@ def _state(run: RunDir, queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
     held = holder(run)
     if held and held["alive"]:
         return "running", f"job {held['job']} on {held['host']}"
+    if run.stop.exists():
+        return "cancelled", ""
     for job in reversed(jobs_of(run)):
         if job in queue:
             state, reason = queue[job]
             return state.lower(), f"job {job}" + (f" ({reason})" if reason not in ("None", "") else "")
-    if run.stop.exists():
-        return "cancelled", ""
     last = journal.last(run, "segment", "stop", "handoff") or {}
     if last.get("event") == "handoff" and last.get("refused"):
         return "stopped", last["refused"]
