@@ -1,6 +1,6 @@
 """Runs whose processes are killed with SIGKILL, at random instants, again and again.
 
-CHAINRUN_KILLS=500 kills more often, CHAINRUN_SEED=… repeats the delays of an earlier session.
+CHAINRUN_KILLS=500 kills more often, CHAINRUN_SEED=… repeats the delays of an earlier run.
 """
 
 from __future__ import annotations
