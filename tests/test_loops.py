@@ -777,3 +777,69 @@ def test_own_loops_that_take_batches_by_hand_are_refused(in_epochs: bool) -> Non
 
     with pytest.raises(RegisterError, match=r"taken with next\(\) in a loop of the function's own"):
         cut(train)
+
+
+def test_iterator_that_is_used_by_hand_and_by_a_loop_is_refused() -> None:
+    """A batch taken before the loop, and the rest by it: a resumed function would take another one."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        it = iter(t.loader)
+        next(it)
+        for x in it:
+            t.learn(x)
+            t.step()
+
+    with pytest.raises(RegisterError, match=r"taken with next\(\) before a loop went over the same iterator"):
+        cut(train)
+
+
+def test_pairs_of_batches() -> None:
+    """A loop that takes a second batch by hand goes on at its own head."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=12)
+        for _ in run.epochs(2):
+            it = iter(t.loader)
+            for x in it:
+                y = next(it)
+                t.learn(x[0] + y[0])
+                t.step()
+        return t.result()
+
+    sweep(train, 6)
+
+
+def test_draws_after_an_iterator_is_made() -> None:
+    """What is drawn after ``it = iter(loader)`` is the same, wherever that iterator has come to."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        endless = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(endless=endless)
+        it = iter(endless)
+        noise = torch.rand(3)
+        for _ in range(2):
+            between = torch.rand(3)
+            for x in t.loader:
+                try:
+                    y = next(it)
+                except StopIteration:
+                    it = iter(endless)
+                    y = next(it)
+                t.learn(x[0] + y[0][:1] + noise + between)
+                t.step()
+        for _ in run.epochs(2):
+            held = iter(endless)
+            other = torch.rand(3)
+            for x in t.loader:
+                t.learn(x[0] + noise + other)
+                t.step()
+                run.log(more=next(held)[0].sum())
+                if run.global_step % 3 == 2:
+                    break
+        return t.result()
+
+    reference = plain(train)
+    for cuts in [*((at,) for at in range(1, 12)), range(1, 12)]:
+        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)

@@ -88,6 +88,7 @@ class Chain:
         self.sampler = Counted(None, self)
         self._inner: TorchDataLoader[Any] | None = None
         self._pass: _Pass | None = None
+        self._stands_in = False  # the function has got a `_Skipped`
 
     @property
     def persistent(self) -> bool:
@@ -153,21 +154,27 @@ class Chain:
 
     # ---- passes
 
-    def iterate(self) -> Iterator[Any]:
+    def iterate(self, *, taken_up: bool = False) -> Iterator[Any]:
+        """Begin a pass; `taken_up` is the one that a variable held when the checkpoint was taken."""
+        if self._stands_in and not taken_up and self.position.is_waiting(self.loop):
+            self.position.forget_waiting(self.loop)
         if self._pass is not None:
             self._pass.superseded = self._pass.running
             self._pass.leave()
             self._pass.drain()
         what, mark = self.position.begin(self.loop)
         if what == "skip":
-            return iter(())
+            self._stands_in = True
+            return _Skipped(self)
         self._pass = _Pass(self, mark)
         if what == "resume":
             self._pass.resume()
-            if self.position.owns(self.loop):
-                self.position.arrive()
+            self.position.resumed(mark)
         else:
             self._pass.start()
+            if mark.begun is None and mark.line is not None:
+                streams = rng.to_tensors(rng.capture())
+                mark.begun = {"global": streams, "generators": {}, "loaders": {}}
         return _Batches(self._pass)
 
     def build(self, again: Again | None, before_second: Callable[[], None] | None) -> Iterator[Any]:
@@ -222,6 +229,10 @@ class Chain:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loader's place as tensors and plain data."""
+        if self.saved is not None and self.position.is_waiting(
+            self.loop
+        ):  # not taken up since the last resume
+            return self.saved
         place = self._pass.state_dict() if self._pass is not None and self._pass.running else None
         return {"built": self._built(), **self.snapshot(), "pass": place}
 
@@ -392,6 +403,19 @@ class _Pass:
             self.chain.sampler.stream.stopped = True
             for _, worker, state in self._batches:
                 self.chain.workers[worker] = state
+
+
+class _Skipped(Iterator[Any]):
+    """Gives nothing during the walk. A variable that holds it goes on with the pass that it held then."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._batches: Iterator[Any] = iter(())
+
+    def __next__(self) -> Any:
+        if self._chain.position.is_waiting(self._chain.loop):
+            self._batches = self._chain.iterate(taken_up=True)
+        return next(self._batches)
 
 
 class _Batches(Iterator[Any]):

@@ -42,11 +42,18 @@ class Pass:
     boundaries: int  # of this process, when it began
     advanced: int | None = None  # tick at which it last handed something out
     depth: int = 0  # how many scopes there were then
-    by_hand: bool = False  # asked with next() instead of by a loop
-    early: bool = True  # all that it handed out came before the first boundary of its home
+    direct: bool = False  # it was held, and asked in no loader's loop
+    by_hand: bool = False  # last asked with next() instead of by a loop
+    held: bool = False  # asked with next() from its first batch on: the code after its begin is no body of it
+    early: bool = True  # no boundary was passed between its begin and its last batch
+    begun: dict[str, Any] | None = None  # random state after the ``iter()`` of that line
+    line: Scope | None = None  # where the walk comes to the line that began it; None inside a loader's loop
+    stands_in: bool = (
+        False  # skipped, for a later pass of the same variable, which is taken up after the walk
+    )
 
 
-@dataclass
+@dataclass(eq=False)
 class Scope:
     """The counts since the function, a turn of `epochs` or a `steps` range began."""
 
@@ -105,11 +112,19 @@ class Position:
         outer = scope.inherited.get(loop)
         if outer is not None:  # a variable of an outer scope is given a new pass: it counts there
             new = Pass(loop, outer.home, outer.ordinal, self._tick, self.boundaries)
+            if outer.line in self._scopes:  # the walk comes to that line first
+                new.line, new.begun = outer.line, outer.begun
         else:
             scope.passes[loop] = scope.passes.get(loop, 0) + 1
             new = Pass(loop, len(self._scopes) - 1, scope.passes[loop], self._tick, self.boundaries)
+        if new.line is None and not self._in_a_loop():
+            new.line = scope
         what = self._what(new, inherited=outer is not None)
+        waiting = self._waiting.get(loop)
         if what != "skip":
+            self._running[loop] = new
+        elif waiting and waiting["held"] and waiting["home"] == new.home:
+            new.ordinal, new.held, new.stands_in = waiting["ordinal"], True, True
             self._running[loop] = new
         return what, new
 
@@ -119,7 +134,13 @@ class Position:
         waiting = self._waiting.get(new.loop)
         if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
             del self._waiting[new.loop]
-            new.boundaries = -1  # it has passed some in an earlier process
+            new.boundaries, new.begun = -1, waiting["begun"]  # it has passed some in an earlier process
+            new.held = waiting["held"]
+            if (
+                not self.walking and not inherited
+            ):  # the function made it in a place that it has not come to again
+                self._scopes[-1].passes[new.loop] -= 1
+            new.home, new.ordinal = waiting["home"], waiting["ordinal"]
             return "resume"
         saved = self._saved_scope()
         if saved is None or inherited or new.ordinal in saved["glances"].get(new.loop, ()):
@@ -131,11 +152,37 @@ class Position:
                 "to the code that wrote the checkpoint, or start a new run"
             )
         ended = saved["ended"].get(f"{new.loop} {new.ordinal}")
-        if ended is not None:
+        if ended is not None and ended["random"] is not None:
             self._set_random_state(ended["random"])  # code between two loops draws what it drew then
-            self._scopes[-1].boundaries = ended["boundaries"]
-            self._scopes[-1].passes.update(ended["passes"])  # loops inside that loop counted here too
+            if ended["passes"]:
+                self._scopes[-1].boundaries = ended["boundaries"]
+                self._scopes[-1].passes.update(ended["passes"])  # loops inside that loop counted here too
         return "skip"
+
+    def resumed(self, new: Pass) -> None:
+        """The pass has been moved to its place: the walk is over, or goes on as the function did then."""
+        if self.walking and self._target is not None:
+            if self._target["owner"] == new.loop:
+                self.arrive()
+            elif new.begun is not None:
+                self._set_random_state(new.begun)
+
+    def is_waiting(self, loop: str) -> bool:
+        """Whether the walk is over, and a pass over this loop that was running is still to be taken up."""
+        return not self.walking and loop in self._waiting
+
+    def forget_waiting(self, loop: str) -> None:
+        """A new pass begins although that one was not taken up: it is over."""
+        del self._waiting[loop]
+
+    def _in_a_loop(self) -> bool:
+        return any(
+            one.home == len(self._scopes) - 1
+            and one.advanced is not None
+            and not one.held
+            and one.loop not in ("epochs", "steps")
+            for one in self._running.values()
+        )
 
     def _on_path(self) -> bool:
         return all(scope.resumed for scope in self._scopes)
@@ -167,22 +214,32 @@ class Position:
             RegisterError: the function holds a batch that a resumed one could not have.
         """
         self._tick += 1
-        deeper = running.advanced is not None and running.depth < len(self._scopes)
-        if deeper and self._scopes[running.depth - 1].began <= (running.advanced or 0):
+        if running.advanced is None and running.boundaries >= 0:
+            running.held = running.by_hand
+        elif running.held and not running.by_hand:
             raise RegisterError(
-                f"a batch of '{running.loop}' was taken before run.{self.inside}() began, and more are taken "
-                "from the same iterator inside: a batch fetched ahead is lost by a cut. Take every batch in "
-                "the turn that uses it; for a look at the first one, use an iterator of its own"
+                f"a batch of '{running.loop}' was taken with next() before a loop went over the same iterator; a "
+                "resumed function would take another one. Take it inside the loop, or use an iterator of its own"
             )
-        running.depth = len(self._scopes)
-        running.early = running.early and self._scopes[min(running.home, len(self._scopes) - 1)].quiet
-        running.advanced = self._tick
+        inner = self._in_a_loop()
+        deeper = running.depth < len(self._scopes) or inner
+        if running.direct and deeper and self._scopes[running.depth - 1].began <= (running.advanced or 0):
+            raise RegisterError(
+                f"a batch of '{running.loop}' was taken before a loop began, and more are taken from the same "
+                "iterator inside: a batch fetched ahead is lost by a cut. Take every batch in the turn that uses "
+                "it; for a look at the first one, use an iterator of its own"
+            )
+        running.direct = running.held and not inner and self.inside != "steps"
+        running.early = running.early and running.boundaries == self.boundaries
+        running.depth, running.advanced = len(self._scopes), self._tick
 
     def end(self, ended: Pass, *, exhausted: bool) -> None:
         """The pass is over (`exhausted`), or was left early."""
         if self.over or self._running.get(ended.loop) is not ended:
             return  # a newer pass has taken its place
         del self._running[ended.loop]
+        if ended.stands_in:
+            return
         scope = self._scopes[-1]
         if ended.home != len(self._scopes) - 1 or ended.loop in scope.inherited:
             return
@@ -192,10 +249,11 @@ class Position:
         if repeats and ended.boundaries == self.boundaries:
             scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
         else:
+            # the code after the begin of a held iterator is gone through again; a loop's body is not
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
-                "passes": dict(scope.passes),
-                "random": self._random_state(),
+                "passes": {} if ended.held else dict(scope.passes),
+                "random": ended.begun if ended.held else self._random_state(),
             }
 
     def push(self, loop: str, what: Begin) -> None:
@@ -240,15 +298,16 @@ class Position:
             self.arrive()
         return False
 
-    def is_head(self, head: Pass) -> bool:
-        """Whether this loop is the present scope's own, so that its head is a place to capture at."""
+    def is_head(self, head: Pass, *, now: bool = True) -> bool:
+        """Whether this loop is the present scope's own, so that its head, `now`, is a place to capture at."""
         if self.inside == "steps":
             return head.loop == "steps"
-        return head.home == len(self._scopes) - 1 and not head.by_hand
+        by_hand = head.by_hand if now else head.held
+        return head.home == len(self._scopes) - 1 and not by_hand
 
     def has_head(self) -> bool:
         """Whether a loop is running at whose head to capture; else it is done in the boundary call."""
-        return any(self.is_head(running) for running in self._running.values())
+        return any(self.is_head(running, now=False) for running in self._running.values())
 
     def refuse_by_hand(self) -> None:
         """Refuse a loop of the function's own that takes its batches with next().
@@ -261,7 +320,7 @@ class Position:
         if self.has_head():
             return
         for running in self._running.values():
-            if running.by_hand and (running.advanced or 0) >= self._scopes[-1].began:
+            if running.held and running.advanced is not None and running.advanced >= self._scopes[-1].began:
                 raise RegisterError(
                     f"batches of '{running.loop}' are taken with next() in a loop of the function's own, whose "
                     "count a resume does not know; write that loop as `for step in run.steps(n):`, or go over "
@@ -313,9 +372,12 @@ class Position:
                 for n, s in enumerate(self._scopes)
             ],
             "running": [
-                {"loop": p.loop, "home": p.home, "ordinal": p.ordinal}
-                for p in self._running.values()
-                if p not in held
+                *self._waiting.values(),
+                *(
+                    {"loop": p.loop, "home": p.home, "ordinal": p.ordinal, "held": p.held, "begun": p.begun}
+                    for p in self._running.values()
+                    if p not in held and not p.stands_in
+                ),
             ],
         }
 
