@@ -172,21 +172,26 @@ def from_plain(states: list[Any]) -> list[Any]:
 
 
 class Attributes:
-    """The plain attributes of a sampler without state_dict, as far as they have changed since it was built.
+    """The plain attributes of what has no state_dict, as far as they have changed since it was built.
 
     An epoch, a count of its own, a list that it shuffles in place: numbers, and lists, tensors and arrays of
     them. Objects and strings are not state.
+
+    Args:
+        thing: a sampler, or an iterable data set.
+        dataset: an attribute that is left out.
+        numbers_only: lists, tensors and arrays are left out too; a data set's are its data.
     """
 
-    def __init__(self, thing: Any, dataset: Any) -> None:
-        self._thing, self._dataset = thing, dataset
+    def __init__(self, thing: Any, dataset: Any = None, *, numbers_only: bool = False) -> None:
+        self._thing, self._dataset, self._numbers_only = thing, dataset, numbers_only
         self._built = self._all()
 
     def _all(self) -> dict[str, Any]:
         plain = {
             name: _encode(value)
             for name, value in getattr(self._thing, "__dict__", {}).items()
-            if value is not self._dataset
+            if (type(value) in _NUMBERS if self._numbers_only else value is not self._dataset)
         }
         return {name: value for name, value in plain.items() if value is not _NOT_PLAIN}
 
@@ -205,10 +210,11 @@ class Attributes:
 
 
 _NOT_PLAIN: Any = object()
+_NUMBERS = (bool, int, float, type(None))
 
 
 def _encode(value: Any) -> Any:
-    if type(value) in (bool, int, float, type(None)):
+    if type(value) in _NUMBERS:
         return value
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()

@@ -21,17 +21,21 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
 
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import carried, rng
-from chainrun.training.indices import Again, Counted, Drawn, State, draws_at_first, samplers_in
+from chainrun.training.indices import Again, Alone, Counted, Drawn, State, draws_at_first, samplers_in
+from chainrun.training.iterable import Endless, Place, Turns, carriers
 from chainrun.training.position import Pass as Mark
 from chainrun.training.position import Position
-from chainrun.training.worker import Collate, InitWorker, Items
+from chainrun.training.record import fingerprint
+from chainrun.training.worker import Collate, Counter, End, InitWorker, Items
 
 T = TypeVar("T")
 
@@ -43,18 +47,37 @@ class DataLoader(TorchDataLoader[T]):
 
     Takes torch's arguments and gives torch's stream. A loader that is not registered is torch's loader.
 
+    An `IterableDataset` goes on from its ``state_dict``, or its iterator's; one without makes the batches of the
+    running epoch again, and is checked to have come to the same place.
+
+    Args:
+        rng: ``"torch"``, torch's own random streams in the workers; or ``"counter"``: what data set and collate
+            function draw is seeded by (seed, rank, pass, batch, place in the batch), another stream than torch's,
+            the same under any `num_workers`, which may then differ from segment to segment.
+
     Raises:
-        RegisterError: at construction, for what cannot be resumed exactly: an `IterableDataset`, or
-            ``in_order=False`` with workers, where the order of batches depends on timing.
+        RegisterError: at construction, for what cannot be resumed exactly: ``in_order=False`` with workers, where
+            the order of batches depends on timing; a torchdata `IterDataPipe`; ``rng="counter"`` with an
+            `IterableDataset`, whose shards depend on the number of workers.
     """
 
-    def __init__(self, dataset: Dataset[T], *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Dataset[T], *args: Any, rng: Literal["torch", "counter"] = "torch", **kwargs: Any
+    ) -> None:
         super().__init__(dataset, *args, **kwargs)
-        if isinstance(dataset, IterableDataset):
+        self.rng = rng
+        if rng not in ("torch", "counter"):
+            raise RegisterError(f"chainrun.DataLoader was given rng={rng!r}; it is 'torch' or 'counter'")
+        if isinstance(dataset, getattr(torch.utils.data, "IterDataPipe", ())):
             raise RegisterError(
-                f"chainrun.DataLoader was given an IterableDataset ({type(dataset).__name__}); only map-style "
-                "data sets (with __getitem__ and __len__) are resumed exactly. Wrap the data in a map-style "
-                "data set, or draw it in a run.steps() loop and register what holds the position"
+                f"chainrun.DataLoader was given an IterDataPipe ({type(dataset).__name__}), whose shuffling torch "
+                "seeds in ways that cannot be repeated from outside; write it as an IterableDataset"
+            )
+        if rng == "counter" and isinstance(dataset, IterableDataset):
+            raise RegisterError(
+                f"chainrun.DataLoader was given rng='counter' with an IterableDataset ({type(dataset).__name__}): "
+                "which worker reads what depends on their number, so that its batches cannot be numbered; leave "
+                "rng='torch', or use a data set with __getitem__ and __len__"
             )
         if self.num_workers and not getattr(self, "in_order", True):
             raise RegisterError(
@@ -65,14 +88,26 @@ class DataLoader(TorchDataLoader[T]):
 
     def __iter__(self) -> Any:
         chain = getattr(self, "_chain", None)
-        return super().__iter__() if chain is None else chain.iterate()
+        if chain is not None:
+            return chain.iterate()
+        if getattr(self, "rng", "torch") == "counter":
+            raise RegisterError(
+                "a chainrun.DataLoader with rng='counter' is used without being registered; what it draws is seeded "
+                "by the run: call run.register(loader=...) first"
+            )
+        return super().__iter__()
 
 
 class Chain:
     """What makes one registered loader resumable."""
 
     def __init__(
-        self, loader: DataLoader[Any], name: str, position: Position, on_head: Callable[[Mark], None]
+        self,
+        loader: DataLoader[Any],
+        name: str,
+        position: Position,
+        on_head: Callable[[Mark], None],
+        counter: Counter,
     ) -> None:
         self.loader, self.name, self.loop = loader, name, f"loader:{name}"
         self.position, self.on_head = position, on_head
@@ -81,14 +116,24 @@ class Chain:
         self.workers: dict[int, bytes] = {}  # each worker's state after its last batch handed out
         self.birth: State | None = None  # the state under which persistent workers were born
         self.on_batch: Callable[[str, Any], None] | None = None  # told of every batch, to record it
+        self.turns: Turns | None = None  # of an iterable data set
+        self.passes = 0
+        self.counter = counter if loader.rng == "counter" else None
         samplers = list(samplers_in(loader.batch_sampler, loader.sampler))
+        if isinstance(loader.dataset, IterableDataset):
+            self.turns = Turns(loader.dataset, loader.batch_size, loader.drop_last)
+            samplers = []
         stateless = [sampler for sampler in samplers if not carried.is_stateful(sampler)]
         self._attributes = [carried.Attributes(sampler, loader.dataset) for sampler in stateless]
+        if self.turns and not (carried.is_stateful(loader.dataset) and loader.num_workers == 0):
+            self._attributes.append(carried.Attributes(loader.dataset, numbers_only=True))
         self.draws_late = not all(map(draws_at_first, samplers))
         self.sampler = Counted(None, self)
+        self._endless = Endless()
         self._inner: TorchDataLoader[Any] | None = None
         self._pass: _Pass | None = None
         self._stands_in = False  # the function has got a `_Skipped`
+        self._unclear = False
 
     @property
     def persistent(self) -> bool:
@@ -101,8 +146,15 @@ class Chain:
 
     @property
     def index_sampler(self) -> Any:
+        if self.turns:
+            return self._endless
         batch_sampler = self.loader.batch_sampler
         return self.loader.sampler if batch_sampler is None else batch_sampler
+
+    @property
+    def numbers(self) -> int | None:
+        """The number of the running pass, where what is drawn depends on it."""
+        return self.passes if self.counter else None
 
     # ---- what the loader draws from and carries in this process
 
@@ -110,6 +162,8 @@ class Chain:
         loader = self.loader
         parts = (loader.generator, loader.sampler, loader.batch_sampler, loader.dataset)
         found = carried.find(*parts, loader.collate_fn, loader.worker_init_fn)
+        if self.turns:  # the place in an iterable data set is kept by `Turns`
+            found = carriers(loader.dataset, found)
         return found + self._attributes
 
     def parent_state(self) -> State:
@@ -137,6 +191,8 @@ class Chain:
             "carried": carried.to_plain(carried.get(self._carriers())),
             "workers": {worker: _to_plain(pickle.loads(data)) for worker, data in self.workers.items()},
             "birth": self.birth and _to_plain(self.birth),
+            "place": self.turns and _place_to_plain(self.turns.place),
+            "passes": self.passes,
         }
 
     def set_snapshot(self, saved: dict[str, Any]) -> None:
@@ -144,6 +200,9 @@ class Chain:
         if self._pass is None or not self._pass.running:
             self.close()
             self.recall(saved)
+            if self.turns and not self.loader.num_workers:
+                self.turns.recall(_place_from_plain(saved["place"]), inside=False)
+        self.passes = saved["passes"]
         carried.put(self._carriers(), carried.from_plain(saved["carried"]), f"the loader '{self.name}'")
 
     def recall(self, saved: dict[str, Any]) -> None:
@@ -151,6 +210,10 @@ class Chain:
         workers = saved["workers"].items()
         self.workers = {worker: pickle.dumps(_from_plain(state), protocol=5) for worker, state in workers}
         self.birth = saved["birth"] and _from_plain(saved["birth"])
+
+    def note_unclear(self) -> None:
+        """Refuse the next pass: what the workers will do in it depends on timing."""
+        self._unclear = True
 
     # ---- passes
 
@@ -162,7 +225,14 @@ class Chain:
             self._pass.superseded = self._pass.running
             self._pass.leave()
             self._pass.drain()
+        if self._unclear:
+            raise RegisterError(
+                f"a pass over the loader '{self.name}' was left early after the data of one of its workers had ended: "
+                "how far the others, which live on (persistent_workers), then read ahead depends on timing. Leave "
+                "persistent_workers=False, or go through all of it"
+            )
         what, mark = self.position.begin(self.loop)
+        self.passes += 1
         if what == "skip":
             self._stands_in = True
             return _Skipped(self)
@@ -177,13 +247,25 @@ class Chain:
                 mark.begun = {"global": streams, "generators": {}, "loaders": {}}
         return _Batches(self._pass)
 
-    def build(self, again: Again | None, before_second: Callable[[], None] | None) -> Iterator[Any]:
-        """Begin an iteration of torch's loader; the arguments are those of `Counted.prepare`."""
+    def build(
+        self,
+        again: Again | None,
+        before_second: Callable[[], None] | None,
+        inside: frozenset[int] = frozenset(),
+        repeated: int = 0,
+    ) -> Iterator[Any]:
+        """Begin an iteration of torch's loader; the first two arguments are those of `Counted.prepare`.
+
+        Args:
+            inside: the workers whose state is of this pass.
+            repeated: so many batches are made again, and not sent.
+        """
         loader = self.loader
-        if self._inner is None or not self.persistent or again is not None:
+        if self._inner is None or not self.persistent:
             continued = again is not None or before_second is not None
-            collate = Collate(loader.collate_fn)
-            init = InitWorker(loader.worker_init_fn, collate, dict(self.workers) if continued else {})
+            collate = Collate(loader.collate_fn, self.counter)
+            states = dict(self.workers) if continued else {}
+            init = InitWorker(loader.worker_init_fn, collate, states, inside)
             self.sampler = Counted(self.index_sampler, self)
             options: dict[str, Any] = {
                 "num_workers": loader.num_workers,
@@ -192,32 +274,48 @@ class Chain:
                 "timeout": loader.timeout,
                 "worker_init_fn": init,
                 "multiprocessing_context": loader.multiprocessing_context,
-                "generator": loader.generator,
+                # torch draws the workers' seed from it as often as it makes workers
+                "generator": torch.Generator() if self.counter else loader.generator,
                 "prefetch_factor": loader.prefetch_factor,
                 "persistent_workers": loader.persistent_workers,
             }
-            if loader.batch_sampler is None:
+            if loader.batch_sampler is None or self.turns:
                 options.update(batch_size=None, sampler=self.sampler)
             else:
                 options["batch_sampler"] = self.sampler
+            items = self.turns or Items(loader.dataset, self.counter)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch said it when the user's loader was built
-                self._inner = TorchDataLoader(Items(loader.dataset), **options)
+                self._inner = TorchDataLoader(items, **options)
+        self._endless.repeated = repeated
         self.sampler.prepare(again, before_second)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batches = iter(self._inner)
         if loader.num_workers == 0:
             self.sampler.stream.repeat()
+            if self.turns and again is None:
+                self.turns.begin()  # where torch makes its fetcher
+            if self.counter and again is None:
+                self.sampler.stream.prime()
         for _ in range(again.turns if again else 0):
             next(batches)
         self.sampler.prepare(None, None)
         return batches
 
+    def renew(self) -> None:
+        """The next pass has workers of its own, which begin where `workers` says."""
+        self._inner = None
+        assert self.saved is not None
+        self.passes = self.saved["passes"]
+
     def fraction(self) -> float:
         """Return how much of the running pass is done, 0 where none runs."""
         running = self._pass is not None and self._pass.running
-        return self._pass.handed_out / max(1, len(self.loader)) if running and self._pass else 0.0
+        try:
+            return self._pass.handed_out / max(1, len(self.loader)) if running and self._pass else 0.0
+        except TypeError:  # an iterable data set need not know
+            return 0.0
 
     def close(self) -> None:
         """End the workers."""
@@ -239,7 +337,9 @@ class Chain:
     def _built(self) -> dict[str, Any]:
         """Return what must not change while a run goes on."""
         loader = self.loader
-        names = ("num_workers", "prefetch_factor", "persistent_workers", "batch_size", "drop_last")
+        names = ["rng", "batch_size", "drop_last"]
+        if not self.counter:
+            names += ["num_workers", "prefetch_factor", "persistent_workers"]
         try:
             length = len(loader.dataset)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
@@ -279,11 +379,19 @@ class Chain:
 
 
 def _to_plain(state: State) -> list[Any]:
-    return [rng.to_tensors(state[0]), carried.to_plain(state[1])]
+    return [rng.to_tensors(state[0]), carried.to_plain(state[1]), *map(_place_to_plain, state[2:])]
 
 
 def _from_plain(state: list[Any]) -> State:
-    return [rng.from_tensors(state[0]), carried.from_plain(state[1])]
+    return [rng.from_tensors(state[0]), carried.from_plain(state[1]), *map(_place_from_plain, state[2:])]
+
+
+def _place_to_plain(place: Place) -> list[Any]:
+    return [pickle.loads(place.state) if place.state else None, place.over]
+
+
+def _place_from_plain(place: list[Any]) -> Place:
+    return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", place[1])
 
 
 class _Pass:
@@ -295,6 +403,10 @@ class _Pass:
         self._began: State = []  # the process's state when the pass began
         self._bore = False  # whether persistent workers were born with it
         self._in_flight = False
+        self._seen: set[int] = set()  # workers of which a batch was handed out
+        self._ended: set[int] = set()  # those whose data has ended
+        self._workers_began: dict[int, bytes] = {}
+        self._alone: Alone | None = None
         self.handed_out = 0
         self.running = True
         self.resumed = False
@@ -305,13 +417,14 @@ class _Pass:
         chain = self.chain
         self._began = began = chain.parent_state()
         before_second = None
-        if not chain.persistent or chain.birth is None:
-            self._bore = chain.persistent
+        if not chain.persistent or chain.birth is None or chain.counter:
+            self._bore = chain.persistent and not chain.counter
             chain.birth = began if self._bore else None
             chain.workers = {}
         elif chain.inner is None:  # workers of an earlier process: born again, then as they were left
             chain.set_parent_state(chain.birth)
             before_second = lambda: chain.set_parent_state(began)  # noqa: E731
+        self._workers_began = dict(chain.workers)
         self._batches = chain.build(None, before_second)
 
     def resume(self) -> None:
@@ -319,14 +432,17 @@ class _Pass:
         chain = self.chain
         assert chain.saved is not None
         chain.recall(chain.saved)
+        chain.renew()
         saved = chain.saved["pass"]
         how_far = Drawn(*saved["drawn"])
         self._began = began = _from_plain(saved["began"])
         self._bore = saved["bore"]
         self.handed_out, self.resumed = how_far.handed_out, True
         workers = chain.loader.num_workers
+        self._seen = set(saved["seen"])
+        repeats = chain.turns is not None and not self._knows_its_place()
         exhausted = workers > 0 and how_far.ended and how_far.handed_out == how_far.drawn
-        turns = 0 if exhausted or not workers else how_far.handed_out % workers
+        turns = 0 if exhausted or not workers or chain.counter else how_far.handed_out % workers
         again = Again(how_far, saved["first"] and _from_plain(saved["first"]), turns)
         if exhausted and not chain.persistent:  # only the end of the loop is left, which needs no worker
             chain.sampler = Counted(None, chain)
@@ -338,8 +454,61 @@ class _Pass:
         if chain.birth is not None and not self._bore:
             chain.set_parent_state(chain.birth)
             before_second = lambda: chain.set_parent_state(began)  # noqa: E731
-        self._batches = chain.build(again, before_second)
+        self._workers_began = {
+            worker: pickle.dumps(_from_plain(state), protocol=5)
+            for worker, state in saved["workers began"].items()
+        }
+        if repeats:
+            self._repeat(again, before_second, saved["reached"])
+        else:
+            self._batches = chain.build(again, before_second, frozenset(self._seen))
+            if chain.turns and not workers:
+                chain.turns.recall(_place_from_plain(chain.saved["place"]), inside=True)
         chain.set_parent_state(present)
+
+    def _knows_its_place(self) -> bool:
+        """Whether an iterable data set, or its iterators, said where they were."""
+        chain = self.chain
+        assert chain.saved is not None
+        if not chain.loader.num_workers:
+            return chain.saved["place"][0] is not None
+        return any(pickle.loads(chain.workers[worker])[2].state for worker in self._seen)
+
+    def _repeat(
+        self, again: Again, before_second: Callable[[], None] | None, reached: dict[str, str]
+    ) -> None:
+        """Make the batches again that were handed out, and see that this came to the same place.
+
+        Raises:
+            RestoreError: it did not.
+        """
+        chain, count = self.chain, self.handed_out
+        expected, chain.workers = chain.workers, dict(self._workers_began)
+        if not self._workers_began:
+            before_second = None
+        self._batches = chain.build(None, before_second, repeated=count)
+        if not chain.loader.num_workers and again.first:
+            chain.set_parent_state(again.first)
+        self.handed_out = 0
+        say = f"the loader '{chain.name}' goes through the batches of this epoch again"
+        for _ in tqdm(range(count), desc=say, unit="batch", delay=2, disable=not sys.stderr.isatty()):
+            self._take()
+        differs = [
+            f"worker {worker}"
+            for worker in sorted(self._seen)
+            if fingerprint(_to_plain(pickle.loads(chain.workers[worker])))
+            != fingerprint(_to_plain(pickle.loads(expected[worker])))
+        ]
+        now = self._alone.reached() if self._alone else {}
+        differs += [
+            f"the stream '{name}'" for name in {**now, **reached} if now.get(name) != reached.get(name)
+        ]
+        if differs:
+            raise RestoreError(
+                f"the iterable data set of the loader '{chain.name}' did not repeat the batches that it had given "
+                f"before the checkpoint ({', '.join(differs)}): it depends on something that is not saved; give it, "
+                "or its iterator, state_dict and load_state_dict"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         stream = self.chain.sampler.stream
@@ -347,6 +516,9 @@ class _Pass:
             "began": _to_plain(self._began),
             "bore": self._bore,
             "first": stream.first and _to_plain(stream.first),
+            "seen": sorted(self._seen),
+            "workers began": {w: _to_plain(pickle.loads(data)) for w, data in self._workers_began.items()},
+            "reached": self._alone.reached() if self._alone else {},
             "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
         }
 
@@ -365,14 +537,12 @@ class _Pass:
             )
         chain.on_head(self._mark)
         try:
-            batch = next(self._batches)
+            while isinstance(batch := self._take(), End):
+                if len(self._ended) == max(1, chain.loader.num_workers):
+                    raise StopIteration
         except StopIteration:
             self.leave(exhausted=True)
             raise
-        if chain.loader.num_workers:
-            batch, worker, state = batch
-            chain.workers[worker] = state
-        self.handed_out += 1
         if self.handed_out == 1 and self._began:
             chain.refuse_new_carriers(len(self._began[1]))
         chain.position.advance(self._mark)
@@ -380,12 +550,40 @@ class _Pass:
             chain.on_batch(chain.name, batch)
         return batch
 
+    def _take(self) -> Any:
+        """Return the next batch, or `End` for the turn of a worker whose data has ended."""
+        chain, worker = self.chain, 0
+        alone = None
+        if chain.turns and not chain.loader.num_workers and not chain.turns.place.state:
+            alone = self._alone = self._alone or Alone(
+                chain,
+                f"the iterable data set of the loader '{chain.name}'",
+                "Give it num_workers=1, a generator of its own, or state_dict and load_state_dict",
+            )
+            before = chain.streams()
+        batch = next(self._batches)
+        if chain.loader.num_workers and not chain.counter:
+            batch, worker, state, ended = batch
+            self._seen.add(worker)
+            if state:
+                chain.workers[worker] = state
+            if ended:
+                batch = End(bool(state))
+        if isinstance(batch, End):
+            self._ended.add(worker)
+        elif alone:
+            alone.check(before)
+        self.handed_out += 1
+        return batch
+
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""
         if not self.running:
             return
         self.running = False
-        self._in_flight = self.chain.persistent and not exhausted
+        self._in_flight = self.chain.persistent and not (exhausted and not self.chain.turns)
+        if self.chain.turns and self.chain.persistent and not exhausted and self._ended:
+            self.chain.note_unclear()
         if not self._in_flight:
             self._batches = iter(())  # ends the workers, as the end of torch's own iterator does
         if not self.chain.persistent:
@@ -401,8 +599,12 @@ class _Pass:
         if self._in_flight:
             self._in_flight = False
             self.chain.sampler.stream.stopped = True
-            for _, worker, state in self._batches:
-                self.chain.workers[worker] = state
+            left_early = len(self._ended) < self.chain.loader.num_workers
+            for _, worker, state, ended in self._batches if not self.chain.counter else ():
+                if state:
+                    self.chain.workers[worker] = state
+                if ended and left_early:
+                    self.chain.note_unclear()
 
 
 class _Skipped(Iterator[Any]):
@@ -435,13 +637,30 @@ class _Batches(Iterator[Any]):
         self._pass.leave()
 
 
-def bind(loader: DataLoader[Any], name: str, position: Position, on_head: Callable[[Mark], None]) -> Chain:
+def bind(
+    loader: DataLoader[Any],
+    name: str,
+    position: Position,
+    on_head: Callable[[Mark], None],
+    counter: Counter,
+) -> Chain:
     """Make a loader resumable within a run.
 
+    Args:
+        counter: seeds what a loader with ``rng="counter"`` draws.
+
     Raises:
-        RegisterError: the loader is registered twice, or was iterated over before.
+        RegisterError: the loader is registered twice, or was iterated over before; it has ``rng="counter"`` and a
+            data set with state of its own.
     """
     if loader._chain is not None and loader._chain.position is position:
         raise RegisterError(f"one loader is registered twice, as '{loader._chain.name}' and as '{name}'")
-    loader._chain = Chain(loader, name, position, on_head)
+    if loader.rng == "counter":
+        for one in carried.find(loader.dataset, loader.collate_fn):
+            if not isinstance(one, rng.GENERATORS):
+                raise RegisterError(
+                    f"the loader '{name}' has rng='counter' and a data set with state of its own "
+                    f"({type(one).__name__}), which depends on what its worker did before; leave rng='torch'"
+                )
+    loader._chain = Chain(loader, name, position, on_head, counter)
     return loader._chain

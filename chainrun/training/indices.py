@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import marshal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch.utils.data import Sampler
 
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import rng
-from chainrun.training.worker import EmptyTurn
+from chainrun.training.worker import EmptyTurn, Numbered
 
 
 class Drawn(NamedTuple):
@@ -33,6 +34,10 @@ class Owner(Protocol):
     name: str
     draws_late: bool
 
+    @property
+    def numbers(self) -> int | None:
+        """The number of the running pass, where batches are seeded by their number."""
+
     def parent_state(self) -> State: ...
 
     def set_parent_state(self, state: State) -> None: ...
@@ -48,6 +53,45 @@ class Again(NamedTuple):
     turns: int  # empty turns to give first
 
 
+class Alone:
+    """Sees to it that what draws batch after batch can be repeated without what happens between the batches.
+
+    Args:
+        owner: whose streams are watched.
+        what: what draws, for the refusal.
+        remedy: what to do instead.
+    """
+
+    def __init__(self, owner: Owner, what: str, remedy: str) -> None:
+        self._owner, self._what, self._remedy = owner, what, remedy
+        self._first = self._replayed = owner.streams()  # as a repetition, with nothing between, has them
+
+    def check(self, before: rng.State) -> None:
+        """Compare with the streams before the draw.
+
+        Raises:
+            RegisterError: this and something else take turns in drawing from one stream.
+        """
+        after = self._owner.streams()
+        for stream, state in before.items():
+            if after.get(stream) == state:
+                continue
+            if self._replayed.get(stream, state) != state:
+                raise RegisterError(
+                    f"{self._what} draws from the stream '{stream}' batch after batch, and so does something else "
+                    f"between two batches; a resume could not repeat its draws alone. {self._remedy}"
+                )
+            self._replayed = {**self._replayed, stream: after[stream]}
+
+    def reached(self) -> dict[str, str]:
+        """Return a fingerprint of every stream that it has drawn from."""
+        return {
+            name: xxhash.xxh3_64_hexdigest(state)
+            for name, state in self._replayed.items()
+            if self._first.get(name) != state
+        }
+
+
 class Stream:
     """One iteration over the sampler, counted; and repeated from a count."""
 
@@ -55,7 +99,8 @@ class Stream:
         self._source, self._again, self._owner = source, again, owner
         self._queue: deque[Any] = deque()
         self._digest = xxhash.xxh3_64()
-        self._replayed: rng.State = {}  # the streams as a repetition, with nothing drawn between, has them
+        self._alone: Alone | None = None
+        self._given = 0
         self.first: State | None = None
         self.drawn, self.ended, self.stopped = 0, False, False
 
@@ -65,42 +110,39 @@ class Stream:
     def __next__(self) -> Any:
         if self._again:
             self.repeat()
-        if self._queue:
-            return self._queue.popleft()
-        if self.ended or self.stopped:
+        if not self._queue and (self.ended or self.stopped):
             raise StopIteration
-        return self._draw()
+        indices = self._queue.popleft() if self._queue else self._draw()
+        self._given += 1
+        numbers = self._owner.numbers
+        return indices if numbers is None else Numbered(indices, numbers, self._given - 1)
 
     def _draw(self) -> Any:
         if self.first is None:
             self.first = self._owner.parent_state()
-            self._replayed = self._owner.streams() if self._owner.draws_late else {}
-        before = self._owner.streams() if self._owner.draws_late else {}
+            if self._owner.draws_late:
+                self._alone = Alone(
+                    self._owner,
+                    f"the sampler of the loader '{self._owner.name}'",
+                    "Give the sampler a generator of its own, or let it draw everything when it begins",
+                )
+        before = self._owner.streams() if self._alone else {}
         try:
             indices = next(self._source)
         except StopIteration:
             self.ended = True
             raise
         finally:
-            if before:
-                self._compare(before)
+            if self._alone:
+                self._alone.check(before)
         self.drawn += 1
         self._digest.update(_bytes_of(indices))
         return indices
 
-    def _compare(self, before: rng.State) -> None:
-        """Refuse a sampler and a training that take turns in drawing from one stream."""
-        after = self._owner.streams()
-        for stream, state in before.items():
-            if after.get(stream) == state:
-                continue
-            if self._replayed.get(stream, state) != state:
-                raise RegisterError(
-                    f"the sampler of the loader '{self._owner.name}' draws from the stream '{stream}' batch after "
-                    "batch, and so does something else between two batches; a resume could not repeat its draws "
-                    "alone. Give the sampler a generator of its own, or let it draw everything when it begins"
-                )
-            self._replayed[stream] = after[stream]
+    def prime(self) -> None:
+        """Draw the first indices now, as a loader with workers does."""
+        with contextlib.suppress(StopIteration):
+            self._queue.append(self._draw())
 
     def repeat(self) -> None:
         """Draw again what was drawn; queue what had not been handed out.
@@ -112,6 +154,7 @@ class Stream:
             return
         (again, first, turns), self._again = self._again, None
         self._queue.extend(EmptyTurn() for _ in range(turns))
+        self._given = again.handed_out
         if first is not None:
             self._owner.set_parent_state(first)
         try:
@@ -167,6 +210,8 @@ class Counted:
         self._asked += 1
         if self._asked == 2 and self._before_second is not None:
             self._before_second()
+        if self._asked == 2 and self._owner.numbers is not None:
+            return self.stream  # with workers or without, it begins once
         # iter() of the user's sampler runs here, as often as torch asks: eager ones draw in it
         self.stream = Stream(iter(self.sampler), self._again, self._owner)
         return self.stream

@@ -147,6 +147,31 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_streams(seed: int, generators: list[Generator]) -> None:
+    """Seed the global generators, and some others, each in its own way.
+
+    Args:
+        seed: 64 bits.
+    """
+    words = [seed & 0xFFFFFFFF, seed >> 32]
+    random.seed(seed)
+    np.random.seed(words)
+    if torch.utils.data.get_worker_info() is None:
+        torch.manual_seed(seed)
+    else:  # a forked worker must not touch the device of its parent
+        torch.default_generator.manual_seed(seed)
+    for place, generator in enumerate(generators, start=1):
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed((seed + place) % 2**64)
+        elif isinstance(generator, random.Random):
+            generator.seed(seed + place)
+        elif isinstance(generator, np.random.RandomState):
+            generator.seed([*words, place])
+        else:
+            kind = type(generator.bit_generator)
+            generator.bit_generator.state = kind([*words, place]).state
+
+
 def to_tensors(state: State) -> dict[str, torch.Tensor]:
     """Return the state in the form that is saved: one uint8 tensor a stream."""
     return {name: to_tensor(data) for name, data in state.items()}

@@ -15,7 +15,7 @@ from chainrun.checkpoint import objects, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, rng, stop
+from chainrun.training import data, rng, stop, worker
 from chainrun.training.position import Pass, Position
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -133,7 +133,8 @@ class Run:
                 )
             saved = self._saved_for(name)
             if isinstance(thing, data.DataLoader):
-                chain = data.bind(thing, name, self._position, self._at_head)
+                counter = worker.Counter(self.seed or 0, self.rank)
+                chain = data.bind(thing, name, self._position, self._at_head, counter)
                 chain.on_batch = self.on_batch
                 self._loaders[name] = chain
                 if saved is not None:

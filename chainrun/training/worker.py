@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import signal
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
+import xxhash
 from torch.utils.data import Dataset, get_worker_info
 
 from chainrun.training import carried, rng
@@ -16,59 +19,174 @@ class Shipment(NamedTuple):  # a named tuple keeps its type through torch's pin_
     batch: Any
     worker: int
     state: bytes
+    ended: bool = False
 
 
 class EmptyTurn:
     """Stands for the indices of a batch that is not to be loaded."""
 
 
-class Items(Dataset[Any]):
-    """The user's data set, except that an empty turn loads nothing."""
+class End(NamedTuple):
+    """Stands for a batch where the data has ended."""
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    first: bool  # it is said for the first time in this pass
+
+
+class Repeated(NamedTuple):
+    """Items of a batch that the training has had: made again, and not sent."""
+
+    items: Any
+
+
+class Numbered(NamedTuple):
+    """The indices, later the items, of a batch whose draws depend on its number alone."""
+
+    content: Any
+    number: int  # of the pass
+    batch: int
+
+
+class Source(Protocol):
+    """The user's data set as torch's loader sees it."""
+
+    dataset: Any
+
+    def carriers(self, collate: Callable[[Any], Any]) -> list[carried.Carrier]: ...
+
+
+class Counter:
+    """Seeds every random stream by (seed, rank, pass, batch, slot), so that nothing has to be remembered."""
+
+    def __init__(self, seed: int, rank: int) -> None:
+        self._seed, self._rank = seed, rank
+
+    @contextlib.contextmanager
+    def lend(self, batch: Numbered, carriers: list[carried.Carrier]) -> Iterator[Callable[[int], None]]:
+        """Take the process's streams and those of `carriers` for a batch; gives what seeds them for a slot."""
+        # a worker has no other use for its streams
+        kept = (rng.capture(), carried.get(carriers)) if get_worker_info() is None else None
+
+        def seed(slot: int) -> None:
+            place = struct.pack("<QQQQq", self._seed % 2**64, self._rank, batch.number, batch.batch, slot)
+            rng.seed_streams(xxhash.xxh3_64_intdigest(place), carriers)
+
+        try:
+            yield seed
+        finally:
+            if kept is not None:
+                carried.put(carriers, kept[1], "a data set whose draws are seeded by their number")
+                rng.restore(kept[0])
+
+
+class Items(Dataset[Any]):
+    """The user's data set, except that an empty turn loads nothing and that draws may be seeded.
+
+    Args:
+        counter: seeds each item; None leaves the streams alone.
+    """
+
+    def __init__(self, dataset: Any, counter: Counter | None = None) -> None:
+        self.dataset, self._counter = dataset, counter
+
+    def carriers(self, collate: Callable[[Any], Any]) -> list[carried.Carrier]:
+        return carried.find(self.dataset, collate)
 
     def __getitem__(self, index: Any) -> Any:
-        return index if isinstance(index, EmptyTurn) else self.dataset[index]
+        if isinstance(index, EmptyTurn):
+            return index
+        if isinstance(index, Numbered):
+            return self._seeded(index, self._fetch_one)
+        return self.dataset[index]
 
     def __getitems__(self, indices: Any) -> Any:
         if isinstance(indices, EmptyTurn):
             return indices
+        if isinstance(indices, Numbered):
+            return self._seeded(indices, self._fetch)
+        return self._fetch(indices, lambda slot: None)
+
+    def _fetch_one(self, index: Any, seed: Callable[[int], None]) -> Any:
+        seed(0)
+        return self.dataset[index]
+
+    def _fetch(self, indices: Any, seed: Callable[[int], None]) -> Any:
         if getattr(self.dataset, "__getitems__", None):
+            seed(0)
             return self.dataset.__getitems__(indices)
-        return [self.dataset[index] for index in indices]
+        items = []
+        for slot, index in enumerate(indices):
+            seed(slot)
+            items.append(self.dataset[index])
+        return items
+
+    def _seeded(self, batch: Numbered, fetch: Callable[[Any, Callable[[int], None]], Any]) -> Numbered:
+        assert self._counter is not None
+        with self._counter.lend(batch, carried.find(self.dataset)) as seed:
+            return batch._replace(content=fetch(batch.content, seed))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
 
 class Collate:
-    """The user's collate function; in a worker it sends the random state along."""
+    """The user's collate function; in a worker it sends along what a resume needs."""
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self.collate = collate
-        self.carriers = 0  # how many were found when the worker began
+    def __init__(self, collate: Callable[[Any], Any], counter: Counter | None = None) -> None:
+        self.collate, self._counter = collate, counter
+        self._source: Source | None = None
+        self._carriers = 0
+
+    def begin(self, source: Source) -> None:
+        """Note what a worker begins with."""
+        self._source, self._carriers = source, len(source.carriers(self.collate))
 
     def __call__(self, items: Any) -> Any:
+        if isinstance(items, Numbered):
+            assert self._counter is not None
+            with self._counter.lend(items, carried.find(self.collate)) as seed:
+                seed(-1)
+                return self.collate(items.content)
         worker = get_worker_info()
-        if worker is None:
-            return self.collate(items)
         if isinstance(items, EmptyTurn):
             return Shipment(None, -1, b"")
-        batch = self.collate(items)
-        found = carried.find(worker.dataset, self.collate)
-        carried.refuse_new(self.carriers, len(found), f"data set {type(worker.dataset).__name__} in a worker")
-        state = [rng.capture(), carried.get(found)]
-        return Shipment(batch, worker.id, pickle.dumps(state, protocol=5))
+        batch = None
+        if isinstance(items, Repeated):
+            self.collate(items.items)
+        elif not isinstance(items, End):
+            batch = self.collate(items)
+        if worker is None:
+            return items if isinstance(items, End) else batch
+        if isinstance(items, End) and not items.first:
+            return Shipment(None, worker.id, b"", ended=True)
+        assert self._source is not None
+        found = self._source.carriers(self.collate)
+        carried.refuse_new(
+            self._carriers, len(found), f"data set {type(worker.dataset).__name__} in a worker"
+        )
+        state = [rng.capture(), carried.get(found), *_place(self._source)]
+        return Shipment(batch, worker.id, pickle.dumps(state, protocol=5), ended=isinstance(items, End))
+
+
+def _place(source: Any) -> list[Any]:
+    return [source.place] if hasattr(source, "place") else []
 
 
 class InitWorker:
-    """The user's worker_init_fn, then the saved random state."""
+    """The user's worker_init_fn, then the saved state.
+
+    Args:
+        states: by worker, what it sent along with the last batch that counts.
+        inside: the workers for which that was a batch of the pass that begins now.
+    """
 
     def __init__(
-        self, init: Callable[[int], None] | None, collate: Collate, states: dict[int, bytes]
+        self,
+        init: Callable[[int], None] | None,
+        collate: Collate,
+        states: dict[int, bytes],
+        inside: frozenset[int],
     ) -> None:
-        self.init, self.collate, self.states = init, collate, states
+        self.init, self.collate, self.states, self.inside = init, collate, states, inside
 
     def __call__(self, worker: int) -> None:
         # A scheduler signals every process of the job. The decision is the training process's alone:
@@ -76,13 +194,17 @@ class InitWorker:
         for signum in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
             signal.signal(signum, signal.SIG_IGN)
         info: Any = get_worker_info()
-        dataset = info.dataset.dataset
-        object.__setattr__(info, "dataset", dataset)  # what user code finds there is its own data set
+        source = info.dataset
+        object.__setattr__(info, "dataset", source.dataset)  # what user code finds there is its own data set
+        if hasattr(source, "note_attributes"):
+            source.note_attributes()
         if self.init is not None:
             self.init(worker)
-        found = carried.find(dataset, self.collate.collate)
-        self.collate.carriers = len(found)
+        self.collate.begin(source)
         if worker in self.states:
-            streams, states = pickle.loads(self.states[worker])
-            carried.put(found, states, f"data set {type(dataset).__name__} in worker {worker}")
+            streams, states, *place = pickle.loads(self.states[worker])
+            if place:
+                source.recall(place[0], inside=worker in self.inside)
+            found = source.carriers(self.collate.collate)
+            carried.put(found, states, f"data set {type(source.dataset).__name__} in worker {worker}")
             rng.restore(streams)

@@ -1,0 +1,429 @@
+"""A cut over an `IterableDataset` equals torch's loader in a plain program, bit for bit, or is refused."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chain import cut, digest, marks, plain, sweep
+from torch.utils import data
+
+import chainrun
+from chainrun.errors import RegisterError, RestoreError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+# ---- data sets ---------------------------------------------------------------------------------------
+
+
+def share(n: int) -> Iterator[int]:
+    """This worker's indices: shards of uneven size, the last worker's is the shortest."""
+    info = data.get_worker_info()
+    if info is None:
+        return iter(range(n))
+    bounds = [n * (2 * w) // (info.num_workers * (w + 1)) for w in range(info.num_workers)] + [n]
+    return iter(range(bounds[info.id], bounds[info.id + 1]))
+
+
+def item(index: int, draw: float) -> torch.Tensor:
+    return torch.tensor([index, draw, np.random.rand(), torch.rand(()).item()]).double()
+
+
+class Shards(data.IterableDataset):
+    """Draws from the global streams of the process that reads it; with `quiet`, from NumPy's only."""
+
+    def __init__(self, n: int = 14, quiet: bool = False) -> None:
+        self.n, self.quiet = n, quiet
+
+    def __iter__(self) -> Any:
+        for index in share(self.n):
+            if self.quiet:
+                yield torch.tensor([index, np.random.rand(), 0, 0]).double()
+            else:
+                yield item(index, random.random())
+
+
+class Buffered(Shards):
+    """Shuffles through a buffer, by a generator that lives as long as the iterator."""
+
+    epoch = 0
+
+    def __iter__(self) -> Any:
+        chosen = random.Random(self.epoch)
+        self.epoch += 1
+        held: list[torch.Tensor] = []
+        for each in super().__iter__():
+            held.append(each)
+            if len(held) > 4:
+                yield held.pop(chosen.randrange(len(held)))
+        chosen.shuffle(held)
+        yield from held
+
+
+class Own(Shards):
+    """Has a generator of its own, which goes on from pass to pass."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.generator = np.random.default_rng(3)
+
+    def __iter__(self) -> Any:
+        for each in super().__iter__():
+            yield each + self.generator.normal()
+
+
+class Eager(Shards):
+    """Draws when its iterator is made."""
+
+    def __iter__(self) -> Any:
+        offset = np.random.rand() + torch.rand(()).item()
+        return iter([each + offset for each in list(super().__iter__())])
+
+
+class Stateful(Shards):
+    """Keeps its position, and begins at it; at its end it begins again."""
+
+    def __init__(self, n: int = 14, quiet: bool = False) -> None:
+        super().__init__(n, quiet)
+        self.done = 0
+
+    def __iter__(self) -> Any:
+        for index in list(share(self.n))[self.done :]:
+            self.done += 1
+            yield item(index, random.random())
+        self.done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+class Flagged(Stateful):
+    """Begins anew at every iter(), but for the one after load_state_dict."""
+
+    loaded = False
+
+    def __iter__(self) -> Any:
+        if not self.loaded:
+            self.done = 0
+        self.loaded = False
+        for index in list(share(self.n))[self.done :]:
+            self.done += 1
+            yield item(index, random.random())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.loaded = True
+
+
+class OwnIterator(Stateful):
+    """Is its own iterator, which iter() sets back."""
+
+    def __iter__(self) -> Any:
+        self.done = 0
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        mine = list(share(self.n))
+        if self.done == len(mine):
+            raise StopIteration
+        self.done += 1
+        return item(mine[self.done - 1], random.random())
+
+
+class Cursor:
+    """An iterator with state."""
+
+    def __init__(self, n: int) -> None:
+        self.mine, self.done = list(share(n)), 0
+
+    def __iter__(self) -> Cursor:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        if self.done == len(self.mine):
+            raise StopIteration
+        self.done += 1
+        return item(self.mine[self.done - 1], random.random())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+
+
+class Cursors(Shards):
+    """Its iterator has the state."""
+
+    def __iter__(self) -> Any:
+        return Cursor(self.n)
+
+
+class BufferedWithState(Stateful):
+    """Shuffles through a buffer that is part of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[torch.Tensor] = []
+
+    def __iter__(self) -> Any:
+        for index in list(share(self.n))[self.done :]:
+            self.done += 1
+            self.held.append(item(index, random.random()))
+            if len(self.held) > 3:
+                yield self.held.pop(random.randrange(len(self.held)))
+        while self.held:
+            yield self.held.pop()
+        self.done = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "held": self.held}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done, self.held = state["done"], state["held"]
+
+
+# ---- a training over one -----------------------------------------------------------------------------
+
+
+def collate(items: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(items) + np.random.rand()
+
+
+def training(dataset: Any, epochs: int = 2, most: int | None = None, **options: Any) -> Any:
+    """Return a training that leaves every pass after `most` batches.
+
+    Its own draws are torch's: a data set without state that is read in this process may not share them.
+    """
+    options = {"batch_size": 3, **options}
+
+    def train(run: Any, DataLoader: Any) -> str:
+        loader = DataLoader(dataset(), **options)
+        model = torch.nn.Linear(4, 2).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(epochs):
+            for n, x in enumerate(loader, start=1):
+                loss = model(torch.nn.functional.dropout(x, 0.2)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.step(loss=loss, **marks(x, model))
+                if n == most:
+                    break
+            run.log(after=torch.rand(()))
+        return digest(model.state_dict(), optimizer.state_dict())
+
+    return train
+
+
+def check(train: Any) -> None:
+    """Uncut, cut after every step, and after every third: the plain program."""
+    reference = plain(train)
+    every = range(1, sum("loss" in line for line in reference.lines) + 1)
+    for cuts in ((), every, every[1::3]):
+        trained = cut(train, cuts)
+        assert reference.difference(trained) is None, f"cut at {list(cuts)}"
+        assert len(trained.stopped_at) >= len(cuts) - 1
+
+
+SETS = {
+    "shards": Shards,
+    "buffered": Buffered,
+    "own generator": Own,
+    "eager": Eager,
+    "state": Stateful,
+    "state, by a flag": Flagged,
+    "its own iterator": OwnIterator,
+    "iterator with state": Cursors,
+    "buffer in the state": BufferedWithState,
+}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("name", SETS)
+def test_shards_of_workers_are_exact_at_every_cut(name: str, workers: int) -> None:
+    """Uneven shards, random draws in the workers; with state it goes on there, without it is gone through again."""
+    check(training(SETS[name], num_workers=workers))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_data_that_lives_over_the_epochs_is_exact_at_every_cut(name: str) -> None:
+    """Persistent workers keep their streams, and what the data set counts, from epoch to epoch."""
+    check(training(SETS[name], num_workers=2, persistent_workers=True))
+
+
+IN_PROCESS = {
+    "quiet shards": lambda: Shards(quiet=True),
+    "own generator": Own,
+    "state": Stateful,
+    "state, by a flag": Flagged,
+    "its own iterator": OwnIterator,
+    "iterator with state": Cursors,
+    "buffer in the state": BufferedWithState,
+}
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
+def test_data_read_by_the_training_process_is_exact_at_every_cut(name: str) -> None:
+    """With state it may draw from the streams that the training draws from too."""
+    check(training(IN_PROCESS[name]))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "short batches dropped": {"drop_last": True},
+    "no batches": {"batch_size": None},
+    "one batch ahead": {"prefetch_factor": 1},
+    "a collate function that draws": {"collate_fn": collate},
+    "spawned": {"num_workers": 1, "multiprocessing_context": "spawn", "epochs": 1},
+    "left early": {"most": 3},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("kind", ["buffered", "state"])
+def test_options_of_the_loader_are_exact_at_every_cut(name: str, kind: str) -> None:
+    """They mean what they mean to torch."""
+    options = {"num_workers": 2, **OPTIONS[name]}
+    train = training(SETS[kind], **options)
+    if name == "spawned":
+        assert plain(train).difference(cut(train, (3,))) is None
+    else:
+        check(train)
+
+
+def test_passes_of_persistent_workers_left_early_are_exact() -> None:
+    """What they had been sent before the break is computed, and counts."""
+    for dataset in (lambda: Shards(60), Own, lambda: Flagged(60)):
+        check(training(dataset, num_workers=2, persistent_workers=True, most=2))
+
+
+def test_two_loaders_in_step_are_exact() -> None:
+    """A map-style and an iterable one, the shorter ends the epoch."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model = torch.nn.Linear(4, 2).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        ours = DataLoader(Buffered(), batch_size=2, num_workers=1)
+        other = DataLoader(torch.rand(12, 4).double(), batch_size=3, shuffle=True)
+        run.register(model=model, optimizer=optimizer, ours=ours, other=other)
+        for _ in run.epochs(3):
+            for x, y in zip(ours, other, strict=False):
+                loss = model(x).square().mean() + model(y).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                run.step(loss=loss, **marks([x, y], model))
+        return digest(model.state_dict())
+
+    check(train)
+
+
+class Forever(Shards):
+    """Never ends."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield item(1, random.random())
+
+
+def test_an_endless_stream_is_exact() -> None:
+    """One pass over data without an end, in a range of steps."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        model = torch.nn.Linear(4, 2).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        loader = DataLoader(Forever(), batch_size=2, num_workers=2)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        batches = iter(loader)
+        for _ in run.steps(20):
+            x = next(batches)
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss, **marks(x, model))
+        return digest(model.state_dict())
+
+    sweep(train, 20, quick=True)
+
+
+def test_an_epoch_set_from_outside_is_exact() -> None:
+    """An attribute that the loop sets reaches the workers of the resumed epoch too."""
+
+    class Seeded(Shards):
+        epoch = 0
+
+        def __iter__(self) -> Any:
+            yield from np.random.default_rng(self.epoch).normal(size=(8, 4))
+
+    def train(run: Any, DataLoader: Any) -> str:
+        dataset = Seeded()
+        model = torch.nn.Linear(4, 2).double()
+        loader = DataLoader(dataset, batch_size=2, num_workers=1)
+        run.register(model=model, loader=loader)
+        for epoch in run.epochs(3):
+            for x in loader:
+                run.step(loss=x.sum(), **marks(x))
+            dataset.epoch = epoch + 1
+        return digest(model.state_dict())
+
+    check(train)
+
+
+# ---- refused -----------------------------------------------------------------------------------------
+
+
+def test_data_that_does_not_repeat_itself_is_refused_at_resume() -> None:
+    """Going through it again has to come to the same place."""
+    first, other = (training(lambda n=n: Shards(n), num_workers=2) for n in (14, 14))
+
+    class Different(Shards):
+        def __iter__(self) -> Any:
+            random.random()
+            yield from super().__iter__()
+
+    assert plain(first).difference(cut([first, other], (2,))) is None
+    with pytest.raises(RestoreError, match=r"did not repeat the batches.*worker 0"):
+        cut([first, training(Different, num_workers=2)], (2,))
+    quiet = training(lambda: Shards(quiet=True))
+    with pytest.raises(RestoreError, match=r"did not repeat the batches.*'numpy'"):
+        cut([quiet, training(lambda: Different(quiet=False))], (2,))
+
+
+def test_data_that_takes_turns_with_the_training_is_refused_at_once() -> None:
+    """Read in the training process without state, from a stream that the training draws from."""
+    with pytest.raises(RegisterError, match="iterable data set of the loader 'loader' draws from the stream"):
+        cut(training(Shards))
+
+
+def test_state_that_iter_forgets_is_refused_at_resume() -> None:
+    """A data set whose iter() begins again after load_state_dict would give other batches."""
+
+    class Forgets(Stateful):
+        def __iter__(self) -> Any:
+            self.done = 0
+            return super().__iter__()
+
+    with pytest.raises(RestoreError, match="did not go on where it was"):
+        cut(training(Forgets), (2,))
+
+
+def test_leaving_early_after_a_worker_had_ended_is_refused() -> None:
+    """How far the others read ahead then depends on timing, with torch's own loader too."""
+    with pytest.raises(RegisterError, match="left early after the data of one of its workers had ended"):
+        cut(training(Shards, num_workers=3, persistent_workers=True, most=4))
+
+
+def test_data_pipes_are_refused_when_the_loader_is_built() -> None:
+    """Torch seeds their shuffling in ways of its own."""
+    with pytest.raises(RegisterError, match="IterDataPipe"):
+        chainrun.DataLoader(data.datapipes.iter.IterableWrapper([1, 2]))
