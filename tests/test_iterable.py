@@ -211,13 +211,13 @@ def training(dataset: Any, epochs: int = 2, most: int | None = None, **options: 
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         run.register(model=model, optimizer=optimizer, loader=loader)
         for _ in run.epochs(epochs):
-            for n, x in enumerate(loader, start=1):
+            for x in loader:
                 loss = model(torch.nn.functional.dropout(x, 0.2)).square().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 run.step(loss=loss, **marks(x, model))
-                if n == most:
+                if most and run.global_step % most == 0:
                     break
             run.log(after=torch.rand(()))
         return digest(model.state_dict(), optimizer.state_dict())
@@ -302,7 +302,7 @@ def test_options_of_the_loader_are_exact_at_every_cut(name: str, kind: str) -> N
 
 def test_passes_of_persistent_workers_left_early_are_exact() -> None:
     """What they had been sent before the break is computed, and counts."""
-    for dataset in (lambda: Shards(60), Own, lambda: Flagged(60)):
+    for dataset in (lambda: Shards(60), lambda: Buffered(60)):
         check(training(dataset, num_workers=2, persistent_workers=True, most=2))
 
 
@@ -384,18 +384,17 @@ def test_an_epoch_set_from_outside_is_exact() -> None:
 
 def test_data_that_does_not_repeat_itself_is_refused_at_resume() -> None:
     """Going through it again has to come to the same place."""
-    first, other = (training(lambda n=n: Shards(n), num_workers=2) for n in (14, 14))
+    first = training(Shards, num_workers=2)
 
     class Different(Shards):
         def __iter__(self) -> Any:
             random.random()
             yield from super().__iter__()
 
-    assert plain(first).difference(cut([first, other], (2,))) is None
     with pytest.raises(RestoreError, match=r"did not repeat the batches.*worker 0"):
         cut([first, training(Different, num_workers=2)], (2,))
     quiet = training(lambda: Shards(quiet=True))
-    with pytest.raises(RestoreError, match=r"did not repeat the batches.*'numpy'"):
+    with pytest.raises(RestoreError, match=r"did not repeat the batches.*'python'"):
         cut([quiet, training(lambda: Different(quiet=False))], (2,))
 
 
@@ -421,6 +420,13 @@ def test_leaving_early_after_a_worker_had_ended_is_refused() -> None:
     """How far the others read ahead then depends on timing, with torch's own loader too."""
     with pytest.raises(RegisterError, match="left early after the data of one of its workers had ended"):
         cut(training(Shards, num_workers=3, persistent_workers=True, most=4))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}])
+def test_leaving_data_with_state_early_is_refused_where_it_lives_on(options: dict[str, Any]) -> None:
+    """Whether its next iter() begins again or goes on is not in its state."""
+    with pytest.raises(RegisterError, match="left early and its data set has state_dict"):
+        cut(training(Flagged, most=2, **options))
 
 
 def test_data_pipes_are_refused_when_the_loader_is_built() -> None:

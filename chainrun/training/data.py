@@ -133,7 +133,7 @@ class Chain:
         self._inner: TorchDataLoader[Any] | None = None
         self._pass: _Pass | None = None
         self._stands_in = False  # the function has got a `_Skipped`
-        self._unclear = False
+        self._unclear: str | None = None  # why the next pass could not be resumed
 
     @property
     def persistent(self) -> bool:
@@ -211,9 +211,30 @@ class Chain:
         self.workers = {worker: pickle.dumps(_from_plain(state), protocol=5) for worker, state in workers}
         self.birth = saved["birth"] and _from_plain(saved["birth"])
 
-    def note_unclear(self) -> None:
-        """Refuse the next pass: what the workers will do in it depends on timing."""
-        self._unclear = True
+    def note_early(self, *, ended: bool) -> None:
+        """A pass over an iterable data set was left early; note what would make the next one unclear.
+
+        Args:
+            ended: the data of one of its workers had ended.
+        """
+        lives_on = self.persistent or not self.loader.num_workers
+        if self.persistent and ended:
+            self._unclear = (
+                "after the data of one of its workers had ended: how far the others, which live on "
+                "(persistent_workers), then read ahead depends on timing. Leave persistent_workers=False, or go "
+                "through all of it"
+            )
+        elif lives_on and self._has_state():
+            self._unclear = (
+                "and its data set has state_dict: after a resume nothing tells whether its next iter() goes on there "
+                "or begins again. Use workers that end with each pass (num_workers=1, persistent_workers=False), go "
+                "through all of it, or take the batches from one iterator inside run.steps()"
+            )
+
+    def _has_state(self) -> bool:
+        if self.turns and not self.loader.num_workers:
+            return bool(self.turns.place.state)
+        return any(pickle.loads(state)[2].state for state in self.workers.values())
 
     # ---- passes
 
@@ -225,12 +246,8 @@ class Chain:
             self._pass.superseded = self._pass.running
             self._pass.leave()
             self._pass.drain()
-        if self._unclear:
-            raise RegisterError(
-                f"a pass over the loader '{self.name}' was left early after the data of one of its workers had ended: "
-                "how far the others, which live on (persistent_workers), then read ahead depends on timing. Leave "
-                "persistent_workers=False, or go through all of it"
-            )
+        if self._unclear is not None:
+            raise RegisterError(f"a pass over the loader '{self.name}' was left early {self._unclear}")
         what, mark = self.position.begin(self.loop)
         self.passes += 1
         if what == "skip":
@@ -582,8 +599,8 @@ class _Pass:
             return
         self.running = False
         self._in_flight = self.chain.persistent and not (exhausted and not self.chain.turns)
-        if self.chain.turns and self.chain.persistent and not exhausted and self._ended:
-            self.chain.note_unclear()
+        if self.chain.turns and not exhausted and not self.chain.position.over:
+            self.chain.note_early(ended=bool(self._ended))
         if not self._in_flight:
             self._batches = iter(())  # ends the workers, as the end of torch's own iterator does
         if not self.chain.persistent:
@@ -604,7 +621,7 @@ class _Pass:
                 if state:
                     self.chain.workers[worker] = state
                 if ended and left_early:
-                    self.chain.note_unclear()
+                    self.chain.note_early(ended=True)
 
 
 class _Skipped(Iterator[Any]):

@@ -158,7 +158,7 @@ class Turns(Dataset[Any]):
         """Return what torch's fetcher gives to the collate function."""
         if self._batch_size is None:
             return next(self._iterator, _NOTHING)
-        items = []  # with next() alone, as torch does: iter() sets some iterators back
+        items: list[Any] = []  # with next() alone, as torch does: iter() sets some iterators back
         while len(items) < self._batch_size and (item := next(self._iterator, _NOTHING)) is not _NOTHING:
             items.append(item)
         self._over = len(items) < self._batch_size
