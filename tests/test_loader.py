@@ -536,9 +536,10 @@ def test_data_set_used_by_the_training_process_too() -> None:
     sweep(train, 9, quick=True)
 
 
-def test_spawned_workers() -> None:
-    """Workers that are not forked are set to the same state."""
-    train = training(epochs=1, shuffle=True, num_workers=1, multiprocessing_context="spawn")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked(method: str) -> None:
+    """They are set to the same state."""
+    train = training(epochs=1, shuffle=True, num_workers=1, multiprocessing_context=method)
     reference = plain(train)
     assert reference.difference(cut(train, (3,))) is None
 
@@ -554,17 +555,6 @@ def test_unregistered_loader_is_torchs() -> None:
 
 
 # ---- refused -----------------------------------------------------------------------------------------
-
-
-class Stream(data.IterableDataset):
-    def __iter__(self) -> Any:
-        return iter(range(10))
-
-
-def test_iterable_dataset_is_refused_when_the_loader_is_built() -> None:
-    """What cannot be exact is said at once, with what to do."""
-    with pytest.raises(RegisterError, match=r"IterableDataset \(Stream\); only map-style"):
-        chainrun.DataLoader(Stream())
 
 
 def test_batches_out_of_order_are_refused_when_the_loader_is_built() -> None:
