@@ -34,7 +34,7 @@ def digest(*values: Any) -> str:
     for value in values:
         if isinstance(value, torch.Tensor):
             found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+            found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, (list, tuple)):
             found.update(digest(*value).encode())
         elif isinstance(value, dict):

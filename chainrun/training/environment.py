@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -41,8 +42,12 @@ def facts(allocation: Allocation, code: Path) -> dict[str, Any]:
         found["cuda"] = torch.version.cuda
         found["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
         found["gpu"] = torch.cuda.get_device_name(allocation.local_rank % torch.cuda.device_count())
+        found["gpus"] = torch.cuda.device_count()
         found["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         found["cudnn_deterministic"] = torch.backends.cudnn.deterministic
+        with contextlib.suppress(RuntimeError):  # torch refuses to say where its newer switch was used
+            found["tf32_matmul"] = torch.backends.cuda.matmul.allow_tf32
+            found["tf32_cudnn"] = torch.backends.cudnn.allow_tf32
     return found
 
 
