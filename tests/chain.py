@@ -224,6 +224,22 @@ def sweep(train: Train, steps: int, *, quick: bool = False) -> Trained:
     return reference
 
 
+def cut_everywhere(train: Train, *, least: int = 1) -> Trained:
+    """Check that a training is the plain one, uncut and cut after every step; return the plain one.
+
+    Args:
+        least: so many steps it must have.
+    """
+    reference = plain(train)
+    every = range(1, max(line["step"] for line in reference.lines) + 1)
+    assert len(every) >= least
+    for cuts in ((), every):
+        trained = cut(train, cuts)
+        assert reference.difference(trained) is None, f"cut at {list(cuts)}: {reference.difference(trained)}"
+        assert len(trained.stopped_at) >= len(cuts) - 1
+    return reference
+
+
 def sweep_boundaries(train: Train, boundaries: int) -> Trained:
     """As `sweep`, for cuts at every boundary, steps and polls; one cut a chain, and one at every boundary."""
     reference = plain(train)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import cut, digest, marks, plain, sweep
+from chain import cut, cut_everywhere, digest, marks, plain, sweep
 from torch.utils import data
 
 import chainrun
@@ -198,7 +198,7 @@ def collate(items: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(items) + np.random.rand()
 
 
-def training(dataset: Any, epochs: int = 2, most: int | None = None, **options: Any) -> Any:
+def training(dataset: Any, epochs: int = 4, most: int | None = None, **options: Any) -> Any:
     """Return a training that leaves every pass after `most` batches.
 
     Its own draws are torch's: a data set without state that is read in this process may not share them.
@@ -225,16 +225,6 @@ def training(dataset: Any, epochs: int = 2, most: int | None = None, **options: 
     return train
 
 
-def check(train: Any) -> None:
-    """Uncut, cut after every step, and after every third: the plain program."""
-    reference = plain(train)
-    every = range(1, sum("loss" in line for line in reference.lines) + 1)
-    for cuts in ((), every, every[1::3]):
-        trained = cut(train, cuts)
-        assert reference.difference(trained) is None, f"cut at {list(cuts)}"
-        assert len(trained.stopped_at) >= len(cuts) - 1
-
-
 SETS = {
     "shards": Shards,
     "buffered": Buffered,
@@ -252,13 +242,13 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_shards_of_workers_are_exact_at_every_cut(name: str, workers: int) -> None:
     """Uneven shards, random draws in the workers; with state it goes on there, without it is gone through again."""
-    check(training(SETS[name], num_workers=workers))
+    cut_everywhere(training(SETS[name], num_workers=workers), least=20)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_data_that_lives_over_the_epochs_is_exact_at_every_cut(name: str) -> None:
     """Persistent workers keep their streams, and what the data set counts, from epoch to epoch."""
-    check(training(SETS[name], num_workers=2, persistent_workers=True))
+    cut_everywhere(training(SETS[name], num_workers=2, persistent_workers=True), least=20)
 
 
 IN_PROCESS = {
@@ -275,7 +265,7 @@ IN_PROCESS = {
 @pytest.mark.parametrize("name", IN_PROCESS)
 def test_data_read_by_the_training_process_is_exact_at_every_cut(name: str) -> None:
     """With state it may draw from the streams that the training draws from too."""
-    check(training(IN_PROCESS[name]))
+    cut_everywhere(training(IN_PROCESS[name]), least=20)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -297,13 +287,13 @@ def test_options_of_the_loader_are_exact_at_every_cut(name: str, kind: str) -> N
     if name == "spawned":
         assert plain(train).difference(cut(train, (3,))) is None
     else:
-        check(train)
+        cut_everywhere(train)
 
 
 def test_passes_of_persistent_workers_left_early_are_exact() -> None:
     """What they had been sent before the break is computed, and counts."""
     for dataset in (lambda: Shards(60), lambda: Buffered(60)):
-        check(training(dataset, num_workers=2, persistent_workers=True, most=2))
+        cut_everywhere(training(dataset, num_workers=2, persistent_workers=True, most=2))
 
 
 def test_two_loaders_in_step_are_exact() -> None:
@@ -324,7 +314,7 @@ def test_two_loaders_in_step_are_exact() -> None:
                 run.step(loss=loss, **marks([x, y], model))
         return digest(model.state_dict())
 
-    check(train)
+    cut_everywhere(train)
 
 
 class Forever(Shards):
@@ -376,7 +366,7 @@ def test_an_epoch_set_from_outside_is_exact() -> None:
             dataset.epoch = epoch + 1
         return digest(model.state_dict())
 
-    check(train)
+    cut_everywhere(train)
 
 
 # ---- refused -----------------------------------------------------------------------------------------
