@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from chainrun.launch.chain import Chain
     from chainrun.launch.chain import run_chain as run
     from chainrun.launch.chain import submit_chain as submit
+    from chainrun.launch.verify import Verdict
+    from chainrun.launch.verify import verify_function as verify
     from chainrun.training.data import DataLoader
     from chainrun.training.run import Run
 
@@ -25,10 +27,12 @@ _HOME = {
     "DataLoader": ("chainrun.training.data", "DataLoader"),
     "Run": ("chainrun.training.run", "Run"),
     "run": ("chainrun.launch.chain", "run_chain"),
+    "Verdict": ("chainrun.launch.verify", "Verdict"),
     "submit": ("chainrun.launch.chain", "submit_chain"),
+    "verify": ("chainrun.launch.verify", "verify_function"),
 }
 
-__all__ = ["Chain", "Checkpoint", "DataLoader", "Run", "__version__", "run", "submit"]
+__all__ = ["Chain", "Checkpoint", "DataLoader", "Run", "Verdict", "__version__", "run", "submit", "verify"]
 
 
 def __getattr__(name: str) -> Any:

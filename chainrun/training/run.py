@@ -69,6 +69,7 @@ class Run:
         self._loaders: dict[str, Any] = {}
         self._registered: dict[int, tuple[str, Any]] = {}  # by id, which is unique while the object lives
         self.on_batch: Callable[[str, Any], None] | None = None
+        self.on_place: Callable[[], None] | None = None  # told where a checkpoint is taken, or was
         self._ranges: dict[str, dict[str, Any]] = {}
         self._due: Wish | None = None
         self._deferred = False
@@ -196,6 +197,8 @@ class Run:
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = None
         rng.restore(rng.from_tensors(saved["rng"]))
+        if self.on_place is not None:
+            self.on_place()
 
     def _random_state(self) -> dict[str, Any]:
         """Return all that is random, and where the loaders' workers are, as tensors and plain data."""
@@ -398,6 +401,8 @@ class Run:
 
     def _tree(self, owner: str | None) -> dict[str, Any]:
         """This rank's state, ready to be written."""
+        if self.on_place is not None:
+            self.on_place()
         return {
             "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
             "extras": objects.extras(self._objects),
