@@ -27,7 +27,7 @@ from chainrun.segment import run_segment
 from chainrun.training.stop import Signals
 
 PROGRAM = Path(__file__).parent / "programs" / "faulty.py"
-CODES = {"done": 0, "failed": 1, "stopped": 75}
+CODES = {"done": 0, "failed": 1, "stopped": 75, "retry": 75}
 
 
 def run_forked(run, described, interrupt_at, record, save_at, end):
@@ -72,6 +72,7 @@ def verified(tmp_path, monkeypatch):
 
     def verified(function, cuts=(4,), seed=0, **args):
         data = {"name": "v", "function": f"{PROGRAM}:{function}", "args": args, "seed": seed}
+        data["chain"] = {"retry_errors": 1}  # is not for verify
         return verify.verify(from_dict(data, tmp_path), tmp_path, 12, cuts)
 
     return verified

@@ -189,7 +189,8 @@ class _Piece:
         self, folder: Path, name: str, described: Experiment, steps: int, save_at: Sequence[int] = ()
     ) -> None:
         policy = experiment.Checkpoint(every=None, keep=1_000_000)
-        self.described = replace(described, name=name, dir=folder, checkpoint=policy)
+        once = replace(described.chain, retry_errors=0)  # an error is what is to be found
+        self.described = replace(described, name=name, dir=folder, checkpoint=policy, chain=once)
         self._last, self._save_at = steps, save_at
         self._record = folder / f"{name}.jsonl"
         self.dir = RunDir(folder / name)
