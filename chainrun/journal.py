@@ -10,6 +10,8 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``
 ``drift``      the environment has changed since the checkpoint: ``segment changes``
+``witness``    what a segment saw first is what the one before saw next: ``segment rank step identical
+               compared differs``
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
@@ -47,3 +49,13 @@ def last(run: RunDir, *kinds: str) -> dict[str, Any] | None:
     for newest in events(run, *kinds):  # noqa: B007 the loop's last value is what is wanted
         pass
     return newest
+
+
+def witnessed(event: dict[str, Any]) -> str:
+    """Return a ``witness`` event in a sentence."""
+    step, compared, differs = event["step"], event["compared"], event["differs"]
+    if differs:
+        shown = ", ".join(differs[:5]) + f" and {len(differs) - 5} more" * (len(differs) > 5)
+        return f"warning: at step {step} this differs from what the segment before had: {shown}"
+    *most, last = compared
+    return f"witnessed at step {step}: {', '.join(most)}{' and ' * bool(most)}{last} identical"

@@ -253,6 +253,7 @@ def test_a_run_says_what_it_does(finished):
         "chainrun: segment 1: fresh start",
         "chainrun: segment 1 stops at step 7: interrupt",
         "chainrun: segment 2: resumes at step 7 from step-00000007",
+        "chainrun: witnessed at step 7: state, random streams and next batch identical",
         "chainrun: done after 20 steps and 2 segments",
         f"done: {finished.run.path}",
     ]
@@ -270,7 +271,10 @@ def test_logs_shows_all_segments_and_follows_over_handoffs(finished, capsys):
         assert lines[2].startswith(
             "chainrun: segment 2: resuming at step 7 from step-00000007 (read and verified"
         )
-        assert lines[3:] == ["chainrun: done after 20 steps and 2 segments"]
+        assert lines[3:] == [
+            "chainrun: witnessed at step 7: state, random streams and next batch identical",
+            "chainrun: done after 20 steps and 2 segments",
+        ]
     assert sorted(said.splitlines()) == sorted(followed.splitlines())
     said = main(capsys, "logs", finished.run.path, "--rank", "1", code=2)
     assert "has no log of rank 1 yet; its first job has not started, or has fewer ranks" in said
@@ -293,7 +297,7 @@ def test_show_tells_a_runs_story_and_what_a_checkpoint_holds(finished, capsys, m
     said = main(capsys, "show", finished.run.path, code=0)
     kinds = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (\w+)", said, re.MULTILINE)
     assert kinds == [event["event"] for event in finished.events()]
-    assert {"created", "segment", "checkpoint", "stop", "handoff", "done"} == set(kinds)
+    assert {"created", "segment", "checkpoint", "stop", "handoff", "witness", "done"} == set(kinds)
     assert "result: {'state': " in said
     checkpoint = Store(finished.run).committed()[0].path
     said = main(capsys, "show", checkpoint, code=0)

@@ -30,6 +30,11 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
+def witness_file(rank: int) -> str:
+    """Return the name of a file that is added after the commit; no checkpoint needs it."""
+    return f"witness-{rank:05d}.json"
+
+
 @dataclass(frozen=True)
 class Committed:
     """A committed checkpoint: its directory and what its manifest says."""

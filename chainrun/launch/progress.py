@@ -94,6 +94,8 @@ def _tell(event: dict[str, Any]) -> str | None:
         return f"checkpoint {event['path']} cannot be trusted: {event['reason']}"
     if kind == "drift":
         return f"warning: the environment has changed since the checkpoint: {'; '.join(event['changes'])}"
+    if kind == "witness":
+        return journal.witnessed(event)
     if kind == "unsaved":
         return f"no checkpoint at step {event['step']}: {event['reason']}"
     if kind == "deferred":

@@ -340,6 +340,27 @@ class Chain:
             self._pass.close()
         self._pass = self._inner = None
 
+    # ---- for the witness of a handoff
+
+    def peek(self) -> Any:
+        """Return the next batch of the running pass, which is of no further use.
+
+        Raises:
+            StopIteration: the pass is at its end.
+        """
+        assert self._pass is not None
+        return self._pass.make()
+
+    def see_next(self, see: Callable[[bool, Any], None]) -> None:
+        """Have `see` called before the next batch is handed out: with False and the batch, or True at the end."""
+        assert self._pass is not None
+        self._pass.see = see
+
+    @property
+    def processes(self) -> list[Any]:
+        """Return the workers of the running pass."""
+        return list(getattr(self._pass and self._pass._batches, "_workers", ()))
+
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
@@ -424,6 +445,7 @@ class _Pass:
         self._ended: set[int] = set()  # those whose data has ended
         self._workers_began: dict[int, bytes] = {}
         self._alone: Alone | None = None
+        self.see: Callable[[bool, Any], None] | None = None  # told of the next batch, or that there is none
         self.handed_out = 0
         self.running = True
         self.resumed = False
@@ -553,18 +575,32 @@ class _Pass:
                 "them apart: build and register a second loader for the second loop"
             )
         chain.on_head(self._mark)
+        see, self.see = self.see, None
         try:
-            while isinstance(batch := self._take(), End):
-                if len(self._ended) == max(1, chain.loader.num_workers):
-                    raise StopIteration
+            batch = self.make()
         except StopIteration:
+            if see is not None:
+                see(True, None)
             self.leave(exhausted=True)
             raise
+        if see is not None:
+            see(False, batch)
         if self.handed_out == 1 and self._began:
             chain.refuse_new_carriers(len(self._began[1]))
         chain.position.advance(self._mark)
         if chain.on_batch is not None:
             chain.on_batch(chain.name, batch)
+        return batch
+
+    def make(self) -> Any:
+        """Return the next batch.
+
+        Raises:
+            StopIteration: the pass is at its end.
+        """
+        while isinstance(batch := self._take(), End):
+            if len(self._ended) == max(1, self.chain.loader.num_workers):
+                raise StopIteration
         return batch
 
     def _take(self) -> Any:

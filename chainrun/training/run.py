@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from chainrun.checkpoint import objects, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, rng, stop, worker
+from chainrun.training import data, rng, stop, witness, worker
 from chainrun.training.position import Pass, Position
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -197,6 +198,9 @@ class Run:
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = None
         rng.restore(rng.from_tensors(saved["rng"]))
+        if self.restored_from and witness.is_expected(self.restored_from.manifest["reason"]):
+            self._hear_witness(saved["position"]["owner"])
+            rng.restore(rng.from_tensors(saved["rng"]))  # a state_dict() may draw
         if self.on_place is not None:
             self.on_place()
 
@@ -391,8 +395,11 @@ class Run:
         owner = head.loop if head else None
         here = (self._position.boundaries, owner)
         if self._saved_at != here:
-            self._save(wish, self._tree(owner))
+            tree = self._tree(owner)
+            self._save(wish, tree)
             self._saved_at = here
+            if wish.kind == "stop":
+                self._leave_witness(wish, tree, owner)
         if wish.kind == "stop":
             self._ended = wish
             self._watch.pending, self._next = True, 0  # a function that catches it gets it again
@@ -416,6 +423,41 @@ class Run:
             "epoch": self.epoch,
             "metrics": self._saving.settle_metrics(),
         }
+
+    def _leave_witness(self, wish: Wish, tree: dict[str, Any], owner: str | None) -> None:
+        """What follows would be the next batch: leave its fingerprint, and the state's, for the next segment."""
+        seconds = witness.seconds_for(self.time_left(), wish.reason)
+        about = (tree, self._generators(), self._chain_of(owner))
+        for line in witness.give(self._saving.newest, self.rank, *about, seconds):
+            self._setting.say(line)
+
+    def _hear_witness(self, owner: str | None) -> None:
+        """Compare what the segment before left with what was restored, and with what comes next."""
+        assert self.restored_from is not None
+        step = self.global_step
+        try:
+            # on every rank, whatever each finds: a state_dict() may need the others
+            tree = {
+                "rng": rng.to_tensors(rng.capture()),
+                "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
+                "extras": objects.extras(self._objects),
+                "gradients": objects.gradients(self._objects),
+                "state": self.state,
+            }
+            testimony = witness.read(self.restored_from.path, self.rank)
+            if not testimony:
+                self._setting.say(f"no witness at step {step}: the segment before could not leave one")
+                return
+            tell = partial(witness.report, self._run, self._setting, step)
+            witness.hear(testimony, tree, self._generators(), self._chain_of(owner), tell)
+        except Exception as error:  # a diagnosis: the training is well without it
+            self._setting.say(f"no witness at step {step}: {type(error).__name__}: {error}")
+
+    def _generators(self) -> list[str]:
+        return [name for name, thing in self._objects.items() if isinstance(thing, rng.Registered)]
+
+    def _chain_of(self, owner: str | None) -> data.Chain | None:
+        return next((chain for chain in self._loaders.values() if chain.loop == owner), None)
 
     def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
         watch = self._watch

@@ -51,6 +51,8 @@ class Saving:
         self._rank = setting.allocation.rank
         self._store = Store(run)
         self._unready: str | None = None
+        self.newest = Path()
+        """The checkpoint that was committed last."""
         self.metrics = Metrics(run.metrics, active=self._rank == 0)
 
     def note(self, event: str, **fields: Any) -> None:
@@ -143,6 +145,7 @@ class Saving:
         }
         try:
             path, seconds = writer.save(self._store, setting.group, step, tree, about, self._unready)
+            self.newest = path
         except CheckpointError as error:
             if wish.kind == "stop":
                 raise
