@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -23,24 +24,36 @@ from chainrun.rundir import RunDir
 from chainrun.segment import run_segment
 from chainrun.training.stop import Signals
 
+KINDS = ["done", "stopped", "failed", "retry", "idle", "locked"]
+
 
 def carry(run: RunDir, allocation: Allocation) -> None:
     """Be one rank; the exit status says how it ended."""
-    kinds = ["done", "stopped", "failed", "retry", "idle", "locked"]
     try:
         log = os.open(run.jobs / f"{allocation.job}_{allocation.rank}_log.err", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
         torch.set_num_threads(1)
-        os._exit(kinds.index(run_segment(run, allocation, Signals().install()).kind))
+        os._exit(KINDS.index(run_segment(run, allocation, Signals().install()).kind))
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(99)
 
 
+def ended(pids: list[int]) -> list[str]:
+    """Wait for the ranks; kill the others when one was killed, as a launcher does."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] == -signal.SIGKILL:
+            for other in set(pids) - set(codes):
+                os.kill(other, signal.SIGKILL)
+    return [KINDS[code] if 0 <= code < len(KINDS) else str(code) for code in map(codes.get, pids)]
+
+
 def main(run: RunDir, segments: list[str]) -> None:
-    kinds = ["done", "stopped", "failed", "retry", "idle", "locked"]
     for number, segment in enumerate(segments):
         ranks, _, step = segment.partition(":")
         pids = []
@@ -58,8 +71,7 @@ def main(run: RunDir, segments: list[str]) -> None:
             if pid == 0:
                 carry(run, allocation)
             pids.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps([kinds[code] if 0 <= code < len(kinds) else code for code in codes]), flush=True)
+        print(json.dumps(ended(pids)), flush=True)
 
 
 if __name__ == "__main__":
