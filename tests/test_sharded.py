@@ -226,6 +226,25 @@ def test_a_module_must_be_sharded_when_it_is_registered_as_it_was(tmp_path, mesh
         chainrun.Run(tmp_path / "sharded").register(model=fully_shard(torch.nn.Linear(3, 2), mesh=plane))
 
 
+def test_whole_parameters_left_by_an_evaluation_are_no_others(tmp_path, mesh):
+    """A forward can leave whole parameters in a sharded module; a boundary right after it sees the same module."""
+    model = fully_shard(torch.nn.Linear(3, 2), mesh=mesh, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    run = chainrun.Run(tmp_path, setting=Setting(say=lambda line: None))
+    run.register(model=model, optimizer=optimizer)
+    with torch.no_grad():
+        model(torch.ones(1, 3))
+    run.step()
+    model(torch.ones(1, 3)).sum().backward()
+    run._finish(None)
+    run._close()
+    weight = chainrun.Checkpoint(tmp_path / "checkpoints" / "step-00000001").load()["model"]["weight"]
+    assert torch.equal(weight, model.weight.full_tensor())
+    resumed = chainrun.Run(tmp_path, setting=Setting(say=lambda line: None))
+    assert len(resumed._saved["gradients"]["optimizer"]) == 2
+    resumed._close()
+
+
 @pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")  # it shards nothing on one rank
 @pytest.mark.filterwarnings("ignore:The `NO_SHARD`:FutureWarning")
 def test_the_older_fully_sharded_class_is_refused(tmp_path, mesh):

@@ -43,6 +43,7 @@ class _Module:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
+        sharded.put_away(self._module)
         return list(self._module.parameters())
 
     def _settings(self) -> dict[str, bool | int | float]:

@@ -97,6 +97,14 @@ def counterparts(thing: Any) -> Callable[[Keys], tuple[Any, bool]]:
     return find
 
 
+def put_away(module: torch.nn.Module) -> None:
+    """Give a module its sharded parameters back, where a forward has left the whole ones of `fully_shard` in place."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for each in module.modules() if fsdp else ():
+        if fsdp and isinstance(each, fsdp.FSDPModule):
+            each.reshard()
+
+
 def unreduced(module: torch.nn.Module) -> bool:
     """Whether `fully_shard` holds gradients that are still to be reduced over the ranks.
 
