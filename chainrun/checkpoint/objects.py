@@ -38,6 +38,7 @@ class _Module:
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name, self._module = name, unwrap(module)
+        sharded.note(self._module)
         self._built = self._settings()
         self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
 

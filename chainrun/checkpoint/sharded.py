@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import math
 import pickle
 import sys
@@ -27,6 +28,7 @@ from chainrun.rundir import fsync_dir
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Keys: TypeAlias = "tuple[Any, ...]"
@@ -97,6 +99,18 @@ def counterparts(thing: Any) -> Callable[[Keys], tuple[Any, bool]]:
     return find
 
 
+@functools.cache
+def _first_rank(mesh: DeviceMesh) -> int:
+    return int(mesh.mesh.min())
+
+
+def note(module: torch.nn.Module) -> None:
+    """Ask a module's device meshes what they tell only as long as there is a process group."""
+    for parameter in module.parameters():
+        if is_sharded(parameter):
+            _first_rank(parameter.device_mesh)  # type: ignore[attr-defined]
+
+
 def put_away(module: torch.nn.Module) -> None:
     """Give a module its sharded parameters back, where a forward has left the whole ones of `fully_shard` in place."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -149,7 +163,7 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
             )
         if name in places:
             raise RegisterError(f"two DTensors would be saved as '{name}'; give one another name")
-        mesh, first = tensor.device_mesh, min(tensor.device_mesh.mesh.flatten().tolist())
+        mesh, first = tensor.device_mesh, _first_rank(tensor.device_mesh)
         # tensors on other ranks may have the name too, as the parts of a pipeline do
         key = f"{name}@{first}" if first else name
         partial = any(one.is_partial() for one in tensor.placements)

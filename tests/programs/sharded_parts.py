@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 WIDTH = 6  # in, out
 
@@ -45,18 +50,29 @@ class Learner:
 
     Args:
         kind: ``shards`` of float32 trained by AdamW; ``mixed`` computes in bfloat16; ``half`` is of bfloat16;
-            ``tensor`` parallel; ``local`` adds the gradients up on each rank and reduces the last one alone.
+            ``tensor`` parallel; ``local`` adds the gradients up on each rank and reduces the last one alone. On
+            four ranks: ``hybrid`` shards, on two ranks each; ``plane`` of shards and tensor parallel; ``groups``
+            of tensor parallel ranks, with weights of their own; ``sequence`` parallel, whose gradients are sums
+            still to be made.
     """
 
     def __init__(self, kind: str, mesh: DeviceMesh | None) -> None:
-        self.kind, self.every = kind, 2 if kind in ("half", "tensor", "local") else 1
-        self.model = model = network(
-            8 if kind == "tensor" else 7
-        )  # fully_shard takes what ranks do not divide
+        self.kind, self.every = kind, 1 if kind in ("shards", "mixed", "hybrid") else 2
+        parallel = kind in ("tensor", "plane", "groups", "sequence")
+        self.model = model = network(8 if parallel else 7)  # fully_shard takes what ranks do not divide
         if kind == "half":
             model.bfloat16()
-        if kind == "tensor" and mesh is not None:
-            parallelize_module(model, mesh, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+        if kind in ("hybrid", "plane", "groups"):
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        if kind == "sequence":
+            model.append(torch.nn.LayerNorm(WIDTH))
+            plan = {"3": RowwiseParallel(output_layouts=Shard(0)), "4": SequenceParallel(sequence_dim=0)}
+            parallelize_module(model, mesh, {"0": ColwiseParallel(), **plan})
+        elif parallel and mesh is not None:
+            inner = mesh if kind == "tensor" else mesh["inner"]
+            parallelize_module(model, inner, {"0": ColwiseParallel(), "3": RowwiseParallel()})
+            if kind == "plane":
+                fully_shard(model, mesh=mesh["outer"])
         elif mesh is not None:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if kind == "mixed" else None)
             fully_shard(model[0], mesh=mesh, mp_policy=policy)
@@ -69,10 +85,20 @@ class Learner:
         due = step % self.every == 0
         if self.kind == "local" and isinstance(next(self.model.parameters()), DTensor):
             self.model.set_requires_gradient_sync(due)
-        if self.kind == "tensor":  # its ranks together are one
+        if self.kind in (
+            "tensor",
+            "plane",
+            "groups",
+            "sequence",
+        ):  # ranks that share the work share the batch
             batch = data()[step % 10 :][:4]
+        if self.kind == "groups":
+            batch = batch * (1 + torch.distributed.get_rank() // 2)
         batch = batch.to(next(self.model.parameters()).dtype)
-        loss = (self.model(batch).float() - batch.float()).square().mean()
+        made = self.model(batch)
+        if isinstance(made, DTensor):
+            made = made.full_tensor()
+        loss = (made.float() - batch.float()).square().mean()
         loss.backward()
         if due:
             self.optimizer.step()
