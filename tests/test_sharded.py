@@ -245,6 +245,20 @@ def test_a_module_must_be_sharded_when_it_is_registered_as_it_was(tmp_path, mesh
         chainrun.Run(tmp_path / "sharded").register(model=fully_shard(torch.nn.Linear(3, 2), mesh=plane))
 
 
+def test_gradients_added_to_used_ones_are_saved(tmp_path, mesh):
+    """fully_shard adds to a gradient without torch noting a change of it; what was added is not lost."""
+    model = fully_shard(torch.nn.Linear(3, 2), mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = chainrun.Run(tmp_path, setting=Setting(say=lambda line: None))
+    run.register(model=model, optimizer=optimizer)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert run._tree(None)["gradients"] == {"model": {}, "optimizer": {}}
+    model(torch.ones(1, 3)).sum().backward()  # on top of the first
+    assert list(run._tree(None)["gradients"]["optimizer"]) == [0, 1]
+    run._close()
+
+
 def test_whole_parameters_left_by_an_evaluation_are_no_others(tmp_path, mesh):
     """A forward can leave whole parameters in a sharded module; a boundary right after it sees the same module."""
     model = fully_shard(torch.nn.Linear(3, 2), mesh=mesh, reshard_after_forward=False)
