@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chainrun.checkpoint import image
-from chainrun.checkpoint.sharded import Shards
+from chainrun.checkpoint.shards import Shards
 from chainrun.checkpoint.store import flaw, rank_file, read_committed
 from chainrun.errors import CheckpointError
 

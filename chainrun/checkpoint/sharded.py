@@ -12,30 +12,25 @@ from __future__ import annotations
 import base64
 import copy
 import functools
-import math
 import pickle
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from chainrun.checkpoint import image
-from chainrun.errors import CheckpointError, RegisterError, RestoreError
+from chainrun.errors import CheckpointError, RegisterError
 from chainrun.rundir import fsync_dir
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Keys: TypeAlias = "tuple[Any, ...]"
 Files: TypeAlias = "dict[str, dict[str, Any]]"  # by name: size and xxh3_128
-Box: TypeAlias = (
-    "tuple[torch.Tensor, ChunkStorageMetadata]"  # to read into; where it lies in the whole tensor
-)
 
 FOLDER = "sharded"
 _METADATA = ".metadata"  # as torch.distributed.checkpoint calls it
@@ -48,14 +43,14 @@ def is_sharded(thing: Any) -> bool:
     return module is not None and isinstance(thing, module.DTensor)
 
 
-def _map(tree: Any, keys: Keys, change: Callable[[Keys, torch.Tensor], Any]) -> Any:
+def map_tensors(tree: Any, keys: Keys, change: Callable[[Keys, torch.Tensor], Any]) -> Any:
     """Return the tree with its tensors changed; what holds none that do is the same object."""
     if isinstance(tree, torch.Tensor):
         return change(keys, tree)
     if not isinstance(tree, (dict, list, tuple)):
         return tree
     items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
-    changed = {key: new for key, old in items if (new := _map(old, (*keys, key), change)) is not old}
+    changed = {key: new for key, old in items if (new := map_tensors(old, (*keys, key), change)) is not old}
     if not changed:
         return tree
     if isinstance(tree, tuple):
@@ -66,37 +61,12 @@ def _map(tree: Any, keys: Keys, change: Callable[[Keys, torch.Tensor], Any]) -> 
     return result
 
 
-def _name(keys: Keys) -> str:
+def name_of(keys: Keys) -> str:
+    """Return the name of a place in a rank's tree, by which its shards are found."""
     return ".".join(map(str, keys))
 
 
 # ---- what is in this process -------------------------------------------------------------------
-
-
-def counterparts(thing: Any) -> Callable[[Keys], tuple[Any, bool]]:
-    """Return what finds a registered object's own tensor for a saved one, as `Shards.fill` asks for it.
-
-    An optimizer makes its state in its first step; before, the parameter shows how it will lie.
-    """
-    state: list[Any] = []
-
-    def find(keys: Keys) -> tuple[Any, bool]:
-        if not state:
-            state.append(thing.state_dict())
-        at = state[0]
-        for key in keys[2:]:
-            try:
-                at = at[key]
-            except (KeyError, IndexError, TypeError):
-                at = None
-                break
-        if isinstance(at, torch.Tensor):
-            return at, True
-        if keys[2] == "state" and len(keys) > 4 and hasattr(thing, "parameters"):
-            return thing.parameters[keys[3]], False
-        return None, False
-
-    return find
 
 
 @functools.cache
@@ -155,7 +125,7 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
     def take(keys: Keys, tensor: Any) -> Any:
         if not is_sharded(tensor):
             return tensor
-        name = _name(keys)
+        name = name_of(keys)
         if keys[0] not in _WHERE:
             raise RegisterError(
                 f"{'run.' * (keys[0] == 'state')}{name} is a DTensor, which is saved only as part of a registered "
@@ -166,12 +136,13 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
         mesh, first = tensor.device_mesh, _first_rank(tensor.device_mesh)
         # tensors on other ranks may have the name too, as the parts of a pipeline do
         key = f"{name}@{first}" if first else name
-        partial = any(one.is_partial() for one in tensor.placements)
-        own = partial or all(one.is_replicate() for one in tensor.placements)
+        here = mesh.get_coordinate() is not None  # else this rank holds nothing of it
+        partial = here and any(one.is_partial() for one in tensor.placements)
+        own = partial or (here and all(one.is_replicate() for one in tensor.placements))
         places[name] = {
             "key": key,
             "mesh": list(mesh.shape),
-            "placements": _spell(tensor),
+            "placements": spell(tensor),
             "own": own,  # in the rank's own file: a sum not made yet, or all of it as a plain tensor would be
             "partial": partial,
         }
@@ -182,11 +153,11 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
 
     if "torch.distributed.tensor" not in sys.modules:
         return tree, {}
-    split_tree = _map(tree, (), take)
+    split_tree = map_tensors(tree, (), take)
     return ({**split_tree, "sharded": places} if places else tree), found
 
 
-def _spell(tensor: DTensor) -> list[list[Any]]:
+def spell(tensor: DTensor) -> list[list[Any]]:
     """Return the placements as plain data: the class, and what it is made with."""
     names = ("reduce_op", "dim", "split_factor")
     return [
@@ -254,190 +225,3 @@ def finish(folder: Path, plans: list[str]) -> Files:
 
 def _stated(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "xxh3_128": image.digest(path)}
-
-
-# ---- restoring ---------------------------------------------------------------------------------
-
-
-class Shards:
-    """The DTensors of a checkpoint, for the tree of one rank.
-
-    Args:
-        checkpoint: its directory.
-        tree: a rank's tree.
-        reshard: whether they may be laid out in another way than they were.
-    """
-
-    def __init__(self, checkpoint: Path, tree: dict[str, Any], *, reshard: bool = False) -> None:
-        self._folder, self._reshard = checkpoint / FOLDER, reshard
-        self._places: dict[str, dict[str, Any]] = tree.get("sharded", {})
-        self._metadata: Metadata | None = None
-        self._read: dict[str, torch.Tensor] = {}  # by key, on the CPU: a restore sets everything twice
-
-    def full(self, keys: Keys, tree: Any) -> Any:
-        """Return a part of the rank's tree with whole tensors, on the CPU.
-
-        Raises:
-            CheckpointError: a shard cannot be read.
-        """
-        boxes: dict[str, Box] = {}
-
-        def take(keys: Keys, saved: torch.Tensor) -> Any:
-            place = self._places.get(_name(keys))
-            if place is None or place["own"]:
-                return saved
-            whole = torch.empty(saved.shape, dtype=saved.dtype)
-            boxes[place["key"]] = whole, _all_of(whole)
-            return whole
-
-        tree = _map(tree, keys, take)
-        self._fetch(boxes)
-        return tree
-
-    @torch.no_grad()
-    def fill(self, keys: Keys, tree: Any, live: Callable[[Keys], tuple[Any, bool]]) -> Any:
-        """Return a part of the rank's tree with DTensors where there were some.
-
-        Args:
-            live: gives, by its keys, the tensor of this process that a saved one is meant for and True, or one
-                that is laid out like it and False.
-
-        Raises:
-            RestoreError: a tensor is laid out in another way, and `reshard` is not given.
-            CheckpointError: a shard cannot be read.
-        """
-        boxes: dict[str, Box] = {}
-        locals_: dict[str, torch.Tensor] = {}
-
-        def take(keys: Keys, saved: torch.Tensor) -> Any:
-            name = _name(keys)
-            place = self._places.get(name)
-            if place is None:
-                return saved
-            mine, exact = live(keys)
-            target = self._target(name, place, saved, mine, exact)
-            if place["partial"]:
-                return target
-            local = target.to_local() if is_sharded(target) else target
-            (chunk,) = target.__create_chunk_list__() if is_sharded(target) else (_all_of(target),)
-            if place["own"]:
-                local.copy_(saved[_ranges(chunk.offsets, chunk.sizes)])
-            elif local.numel():
-                locals_[place["key"]] = local
-                boxes[place["key"]] = torch.empty(local.shape, dtype=local.dtype), chunk
-            return target
-
-        if not self._places:
-            return tree
-        tree = _map(tree, keys, take)
-        unread = {key: box for key, box in boxes.items() if key not in self._read}
-        self._fetch(unread)
-        self._read.update({key: read for key, (read, _) in unread.items()})
-        for key, local in locals_.items():
-            local.copy_(self._read[key])
-        return tree
-
-    def _target(self, name: str, place: dict[str, Any], saved: torch.Tensor, live: Any, exact: bool) -> Any:
-        """Return a tensor to read into; of one whose values are each rank's own, a copy."""
-        plain = isinstance(live, torch.Tensor) and not is_sharded(live)
-        if plain and self._reshard and not place["partial"]:
-            return torch.empty(saved.shape, dtype=saved.dtype, device=live.device)
-        if not is_sharded(live):
-            found = "a plain tensor" if plain else "not there"
-            raise RestoreError(
-                f"'{name}' was saved as a DTensor and is {found} in this process; call fully_shard, or what else "
-                "distributes it, before run.register(...), as the run that was saved did"
-            )
-        mesh = list(live.device_mesh.shape)
-        laid_out = mesh == place["mesh"] and (not exact or _spell(live) == place["placements"])
-        if not laid_out and (place["partial"] or not self._reshard):
-            raise RestoreError(
-                f"'{name}' was saved on a device mesh of shape {tuple(place['mesh'])} as {_said(place['placements'])}, "
-                f"in this process it lies on {tuple(mesh)} as {_said(_spell(live))}; "
-                + ("it is a sum still to be made over the ranks, so " if place["partial"] else "")
-                + "build it as it was"
-                + ("" if place["partial"] else ", or set checkpoint.reshard: true to lay it out anew")
-            )
-        if place["partial"]:
-            return _from_local(saved.to(live.to_local().device, copy=True), live, place)
-        if saved.shape == live.shape and (
-            exact or mesh != place["mesh"] or _spell(live) == place["placements"]
-        ):
-            return torch.empty_like(live, dtype=saved.dtype, requires_grad=False)
-        if len(mesh) != len(place["mesh"]):
-            raise RestoreError(
-                f"'{name}' was saved on a device mesh of {len(place['mesh'])} dimensions, and how it would lie on "
-                f"one of {len(mesh)} is not known; start as many ranks as before"
-            )
-        from torch.distributed.tensor import empty
-
-        device_mesh, placements = live.device_mesh, list(_placements(place))
-        return empty(*saved.shape, dtype=saved.dtype, device_mesh=device_mesh, placements=placements)
-
-    def _fetch(self, boxes: dict[str, Box]) -> None:
-        """Read boxes of tensors, by their keys, whichever files the parts are in.
-
-        Raises:
-            CheckpointError: the files do not hold all of it.
-        """
-        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-        from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
-        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-
-        class Into(DefaultLoadPlanner):
-            def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-                target, _ = boxes[read_item.dest_index.fqn]
-                return target[_ranges(read_item.dest_offsets, read_item.lengths)]
-
-            def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-                pass
-
-        items = []
-        try:
-            reader = FileSystemReader(self._folder)
-            if self._metadata is None:
-                self._metadata = reader.read_metadata()
-            reader.set_up_storage_reader(self._metadata, True)
-            for key, (target, chunk) in boxes.items():
-                if not target.numel():
-                    continue
-                described: Any = self._metadata.state_dict_metadata[key]
-                parts = create_read_items_for_chunk_list(key, described, [chunk])
-                if sum(math.prod(part.lengths) for part in parts) != target.numel():
-                    raise ValueError(f"not all of {key} is there")
-                items += parts
-            reader.read_data(LoadPlan(items), Into()).wait()
-        except Exception as error:
-            why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise CheckpointError(f"{self._folder} could not be read: {why}") from error
-
-
-def _ranges(offsets: torch.Size, sizes: torch.Size) -> tuple[slice, ...]:
-    return tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
-
-
-def _all_of(tensor: torch.Tensor) -> ChunkStorageMetadata:
-    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-
-    return ChunkStorageMetadata(torch.Size([0] * tensor.dim()), tensor.shape)
-
-
-def _said(placements: list[list[Any]]) -> str:
-    return ", ".join(f"{kind}({', '.join(map(str, given.values()))})" for kind, given in placements)
-
-
-def _placements(place: dict[str, Any]) -> Iterator[Any]:
-    from torch.distributed.tensor import placement_types
-
-    for kind, given in place["placements"]:
-        yield getattr(placement_types, kind)(**given)
-
-
-def _from_local(local: torch.Tensor, live: DTensor, place: dict[str, Any]) -> DTensor:
-    from torch.distributed.tensor import DTensor
-
-    mesh, placements = live.device_mesh, list(_placements(place))
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=live.shape, stride=live.stride()
-    )

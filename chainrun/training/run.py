@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from chainrun.checkpoint import objects, sharded, state
+from chainrun.checkpoint import objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
@@ -78,10 +78,10 @@ class Run:
         self._warned = False
         self.restored_from: Committed | None = None
         self._saved: dict[str, Any] | None = None
-        self._shards: sharded.Shards | None = None
+        self._shards: shards.Shards | None = None
         if found := self._saving.load():
             self.restored_from, self._saved = found
-            self._shards = sharded.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
+            self._shards = shards.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
             self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
             self.state = copy.deepcopy(self._saved["state"])
             setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
@@ -186,7 +186,7 @@ class Run:
         """Set a registered object to what was saved of it."""
         assert self._saved is not None and self._shards is not None
         thing, saved = self._objects[name], self._saved["objects"][name]
-        thing.load_state_dict(self._shards.fill(("objects", name), saved, sharded.counterparts(thing)))
+        thing.load_state_dict(self._shards.fill(("objects", name), saved, shards.counterparts(thing)))
 
     def _load_gradients(self) -> None:
         assert self._saved is not None and self._shards is not None
