@@ -183,6 +183,8 @@ class Shards:
                 pass
 
         items = []
+        if not boxes:
+            return
         try:
             reader = FileSystemReader(self._folder)
             if self._metadata is None:
