@@ -152,6 +152,8 @@ class Checkpoint:
     """How many of the newest checkpoints to keep."""
     keep_every: Steps | None = None
     """Keep the checkpoints at multiples of this for ever; null: none."""
+    reshard: Flag = False
+    """true: go on with another number of ranks; same weights and optimizer state, no longer bit for bit."""
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def show(path: Path) -> int:
 
 
 def _show_checkpoint(checkpoint: Committed) -> int:
-    from chainrun.checkpoint import image, state
+    from chainrun.checkpoint import image, sharded, state
 
     manifest = checkpoint.manifest
     print(f"{checkpoint.path}")
@@ -160,6 +160,8 @@ def _show_checkpoint(checkpoint: Committed) -> int:
         return EXIT_FAILED
     for name, file in sorted(manifest["files"].items()):
         print(f"{name}  {size(file['size'])}")
+        if name.startswith(sharded.FOLDER):
+            continue
         tree = image.read(checkpoint.path / name)
         for kind in ("objects", "loaders"):
             for key, value in tree[kind].items():

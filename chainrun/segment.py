@@ -128,6 +128,7 @@ class _Segment:
             save_every_steps=every.steps if isinstance(every, experiment.Steps) else None,
             keep=described.checkpoint.keep,
             keep_every=keep_every.steps if keep_every else None,
+            reshard=described.checkpoint.reshard,
             watch={
                 "signals": self._signals,
                 "end": allocation.end,

@@ -52,16 +52,18 @@ def write(path: Path, tree: Any) -> tuple[int, str]:
     except Exception as error:
         with contextlib.suppress(OSError):
             path.unlink()  # what is free without it is what the message tells
-        raise CheckpointError(f"{path} could not be written: {_reason(error, path, tree)}") from error
+        raise CheckpointError(
+            f"{path} could not be written: {reason(error, path.parent, nbytes(tree))}"
+        ) from error
     return hashing.size, hashing.digest
 
 
-def _reason(error: Exception, path: Path, tree: Any) -> str:
-    """Torch's writer turns an error of the disk into one of its own; say what the disk said."""
+def reason(error: BaseException, folder: Path, needed: int = 0) -> str:
+    """Torch's writers turn an error of the disk into one of their own; say what the disk said."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return _first_line(error) if cause is None else said(cause, path.parent, needed=nbytes(tree))
+    return _first_line(error) if cause is None else said(cause, folder, needed)
 
 
 def said(error: OSError, folder: Path, needed: int = 0) -> str:
@@ -71,7 +73,7 @@ def said(error: OSError, folder: Path, needed: int = 0) -> str:
     return f"{error.strerror} ({needs}{free.f_bavail * free.f_frsize / 1e6:.1f} MB free)"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 

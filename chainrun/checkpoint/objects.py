@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from chainrun.checkpoint import sharded
 from chainrun.errors import RegisterError, RestoreError
 
 
@@ -36,11 +38,13 @@ class _Module:
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name, self._module = name, unwrap(module)
+        sharded.note(self._module)
         self._built = self._settings()
         self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
+        sharded.put_away(self._module)
         return list(self._module.parameters())
 
     def _settings(self) -> dict[str, bool | int | float]:
@@ -107,6 +111,11 @@ def _version(tensor: torch.Tensor) -> tuple[int, int]:
     return id(tensor), tensor._version
 
 
+def _grad_version(grad: torch.Tensor) -> tuple[int, int]:
+    """Return what changes with a gradient; fully_shard adds to the local tensor of a DTensor."""
+    return grad._version, getattr(grad, "_local_tensor", grad)._version
+
+
 def _device_of(tensor: torch.Tensor | None) -> torch.device | None:
     return None if tensor is None else tensor.device
 
@@ -126,6 +135,9 @@ def _differences(mine: Any, saved: Any) -> Iterator[str]:
             yield f"{key} has shape {tuple(a.shape)}, in the checkpoint {tuple(b.shape)}"
         elif a.dtype != b.dtype:
             yield f"{key} is {a.dtype}, in the checkpoint {b.dtype}"
+        elif sharded.is_sharded(a) != sharded.is_sharded(b):
+            kinds = ("a plain tensor", "a DTensor")
+            yield f"{key} is {kinds[sharded.is_sharded(a)]}, in the checkpoint {kinds[sharded.is_sharded(b)]}"
 
 
 class _Optimizer:
@@ -169,14 +181,14 @@ class _Optimizer:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 used = vars(parameter.grad).setdefault("_used_by", {})
-                used[self._name] = parameter.grad._version
+                used[self._name] = _grad_version(parameter.grad)
 
     def unused(self) -> dict[int, torch.Tensor]:
         """Return the gradients that this optimizer has not used yet, by the parameter's place."""
         found = {}
         for place, parameter in enumerate(self.parameters):
             grad = parameter.grad
-            if grad is not None and vars(grad).get("_used_by", {}).get(self._name) != grad._version:
+            if grad is not None and vars(grad).get("_used_by", {}).get(self._name) != _grad_version(grad):
                 found[place] = grad.detach()
         return found
 
@@ -233,6 +245,12 @@ def adapt(name: str, thing: Any) -> Stateful:
         RegisterError: it has no state_dict and load_state_dict.
     """
     if isinstance(thing, torch.nn.Module):
+        fsdp = sys.modules.get("torch.distributed.fsdp")
+        if fsdp and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in thing.modules()):
+            raise RegisterError(
+                f"register({name}=...) was given a module in FullyShardedDataParallel, whose state only all ranks "
+                "together can gather; shard it with torch.distributed.fsdp.fully_shard(module) instead"
+            )
         return _Module(name, thing)
     if isinstance(thing, torch.optim.Optimizer):
         return _Optimizer(name, thing)

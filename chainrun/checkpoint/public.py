@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chainrun.checkpoint import image
+from chainrun.checkpoint.shards import Shards
 from chainrun.checkpoint.store import flaw, rank_file, read_committed
 from chainrun.errors import CheckpointError
 
@@ -39,6 +40,8 @@ class Checkpoint:
     def load(self, rank: int = 0) -> dict[str, Any]:
         """Verify, then return the state_dicts of one rank by the names they were registered under.
 
+        Tensors that were sharded over several ranks are put together; they come back whole from every rank.
+
         Raises:
             CheckpointError: the checkpoint cannot be trusted, or has no such rank.
         """
@@ -47,5 +50,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} has {self.manifest['world_size']} ranks, there is no rank {rank}"
             )
-        objects: dict[str, Any] = image.read(self.path / rank_file(rank))["objects"]
+        tree = image.read(self.path / rank_file(rank))
+        objects: dict[str, Any] = Shards(self.path, tree).full(("objects",), tree["objects"])
         return objects

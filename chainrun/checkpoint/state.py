@@ -81,7 +81,7 @@ def _refilled(live: Any, saved: Any) -> Any:
 def nbytes(tree: Any) -> int:
     """Return how many bytes the tensors of a tree hold."""
     if isinstance(tree, torch.Tensor):
-        return tree.nbytes
+        return 0 if tree.is_meta else tree.nbytes
     if isinstance(tree, dict):
         return sum(nbytes(value) for value in tree.values())
     if isinstance(tree, (list, tuple)):

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from chainrun.checkpoint import image, state
+from chainrun.checkpoint import image, sharded, state
 from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file, seal
 from chainrun.errors import CheckpointError, RegisterError
 from chainrun.rundir import write_durably
@@ -77,10 +77,17 @@ def save(
     report: dict[str, Any] = {"error": problem or unready}
     if report["error"] is None:
         try:
+            tree, shards = sharded.split(tree)
             for key, value in tree.items():
                 state.check(value, "run.state" if key == "state" else key)
             size, digest = image.write(temporary / rank_file(group.rank), tree)
-            report = {"error": None, "size": size, "xxh3_128": digest}
+            files, plan = {rank_file(group.rank): {"size": size, "xxh3_128": digest}}, None
+            if shards:
+                folder = temporary / sharded.FOLDER
+                folder.mkdir(exist_ok=True)
+                written, plan = sharded.write(folder, group.rank, shards)
+                files |= {f"{sharded.FOLDER}/{name}": file for name, file in written.items()}
+            report = {"error": None, "files": files, "plan": plan}
         except RecursionError:
             report = {"error": "the state contains itself, or is nested too deeply", "refused": True}
         except (RegisterError, CheckpointError, OSError) as error:
@@ -106,15 +113,26 @@ def _commit(
     for rank, report in enumerate(reports):
         if report["error"] is not None:
             return f"rank {rank}: {report['error']}"
-    files = {rank_file(r): {"size": p["size"], "xxh3_128": p["xxh3_128"]} for r, p in enumerate(reports)}
-    manifest = {"format": FORMAT, **about, "world_size": len(reports), "time": time.time(), "files": files}
+    files = {name: file for report in reports for name, file in report["files"].items()}
     try:
+        if plans := [report["plan"] for report in reports if report["plan"] is not None]:
+            written = sharded.finish(temporary / sharded.FOLDER, plans)
+            files |= {f"{sharded.FOLDER}/{name}": file for name, file in written.items()}
         for name, file in files.items():
             size = (temporary / name).stat().st_size
             if size != file["size"]:
                 return f"{name} has {size} bytes instead of {file['size']}"
+        manifest = {
+            "format": FORMAT,
+            **about,
+            "world_size": len(reports),
+            "time": time.time(),
+            "files": files,
+        }
         write_durably(temporary / MANIFEST, seal(manifest))
         committed: Committed = store.commit(temporary, path)
+    except CheckpointError as error:
+        return str(error)
     except OSError as error:
         return f"{temporary} could not be committed: {image.said(error, store.folder)}"
     store.trust(committed)

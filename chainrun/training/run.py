@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from chainrun.checkpoint import objects, state
+from chainrun.checkpoint import objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, rng, stop, witness, worker
+from chainrun.training import data, resharding, rng, stop, witness, worker
 from chainrun.training.position import Pass, Position
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -80,8 +80,10 @@ class Run:
         self._warned = False
         self.restored_from: Committed | None = None
         self._saved: dict[str, Any] | None = None
+        self._shards: shards.Shards | None = None
         if found := self._saving.load():
             self.restored_from, self._saved = found
+            self._shards = shards.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
             self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
             self.state = copy.deepcopy(self._saved["state"])
             setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
@@ -140,11 +142,11 @@ class Run:
                 chain.on_batch = self.on_batch
                 self._loaders[name] = chain
                 if saved is not None:
-                    chain.load_state_dict(saved)
+                    chain.load_state_dict(self._moved(chain, saved))
             else:
                 self._objects[name] = self._adapt(name, thing)
                 if saved is not None and not isinstance(thing, rng.GENERATORS):
-                    self._objects[name].load_state_dict(saved)  # generators come last, as all that is random
+                    self._load(name)  # generators come last, as all that is random
             self._registered[id(thing)] = (name, thing)
             if isinstance(thing, torch.nn.Module):
                 self._size += 3 * sum(parameter.nbytes for parameter in thing.parameters())
@@ -176,6 +178,28 @@ class Run:
             "register what it holds under the same names, or start a new run"
         )
 
+    def _moved(self, chain: data.Chain, saved: dict[str, Any]) -> dict[str, Any]:
+        """Return a loader's state for the present number of ranks."""
+        assert self.restored_from is not None
+        then = self.restored_from.manifest["world_size"]
+        return saved if then == self.world_size else resharding.moved(chain, saved, then, self.world_size)
+
+    def _load(self, name: str) -> None:
+        """Set a registered object to what was saved of it."""
+        assert self._saved is not None and self._shards is not None
+        thing, saved = self._objects[name], self._saved["objects"][name]
+        thing.load_state_dict(self._shards.fill(("objects", name), saved, shards.counterparts(thing)))
+
+    def _load_gradients(self) -> None:
+        assert self._saved is not None and self._shards is not None
+        saved, things = self._saved["gradients"], self._objects
+
+        def parameter(keys: sharded.Keys) -> tuple[Any, bool]:
+            _, owner, place = keys
+            return things[owner].parameters[place], False  # type: ignore[attr-defined]
+
+        objects.load_gradients(things, self._shards.fill(("gradients",), saved, parameter))
+
     def _go_on(self) -> None:
         """The function has come to the place of the checkpoint: from here on it is the same training."""
         saved = self._saved
@@ -188,15 +212,15 @@ class Run:
                 f"the checkpoint at step {saved['global_step']} holds '{missing[0]}', which the function has not "
                 f"registered; call run.register({missing[0]}=...) before the loop"
             )
-        for name, thing in self._objects.items():
-            thing.load_state_dict(saved["objects"][name])
+        for name in self._objects:
+            self._load(name)
         objects.load_extras(self._objects, saved["extras"])
-        objects.load_gradients(self._objects, saved["gradients"])
+        self._load_gradients()
         for chain in self._loaders.values():
             chain.go_on()
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
-        self._saved = None
+        self._saved = self._shards = None
         rng.restore(rng.from_tensors(saved["rng"]))
         if self.restored_from and witness.is_expected(self.restored_from.manifest["reason"]):
             self._hear_witness(saved["position"]["owner"])
@@ -376,11 +400,12 @@ class Run:
         """Take the checkpoint that is due; end the segment if that is what is due."""
         wish = self._due
         assert wish is not None
-        hindrance = self._position.hindrance(head)
-        if hindrance is not None:
+        why = self._hindrance(head)
+        if why is not None:
+            if head is None:
+                self._next = 0  # no loop asks again: the next step does
             if not self._deferred:
                 self._deferred = True
-                why = f"the loop over '{hindrance}' has handed out a batch that is still in use"
                 self._saving.note("deferred", step=self.global_step, reason=why)
                 if self.is_main:
                     self._setting.say(f"a {wish.kind} ({wish.reason}) waits: {why}")
@@ -405,6 +430,16 @@ class Run:
             self._watch.pending, self._next = True, 0  # a function that catches it gets it again
             self._position.over = True
             raise SegmentEnd(wish)
+
+    def _hindrance(self, head: Pass | None) -> str | None:
+        """Return why the state at this boundary could not be gone on from, None where it can."""
+        loop = self._position.hindrance(head)
+        if loop is not None:
+            return f"the loop over '{loop}' has handed out a batch that is still in use"
+        for name, thing in self._registered.values():
+            if isinstance(thing, torch.nn.Module) and sharded.unreduced(thing):
+                return f"gradients of '{name}' are still to be reduced over the ranks"
+        return None
 
     def _tree(self, owner: str | None) -> dict[str, Any]:
         """This rank's state, ready to be written."""

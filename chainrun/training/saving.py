@@ -34,6 +34,8 @@ class Setting:
     save_every_steps: int | None = None
     keep: int = 2
     keep_every: int | None = None
+    reshard: bool = False
+    """Whether a checkpoint of another number of ranks may be gone on from."""
     watch: dict[str, Any] = field(default_factory=stop.alone)
     """Arguments of the `Watch` besides those that the run knows itself."""
     environment: dict[str, Any] = field(default_factory=dict)
@@ -78,16 +80,28 @@ class Saving:
         checkpoint = read_committed(Path(name))
         ranks, mine = checkpoint.manifest["world_size"], self._setting.allocation.world_size
         if ranks != mine:
-            raise RestoreError(
-                f"the checkpoint {name} was taken with {ranks} ranks, this job has {mine}; every rank has "
-                f"random state of its own, so start {ranks} ranks again, or a new run"
-            )
+            self._allow(checkpoint.path.name, ranks, mine)
         try:
-            saved: dict[str, Any] = image.read(checkpoint.path / rank_file(self._rank))
+            saved: dict[str, Any] = image.read(checkpoint.path / rank_file(self._rank % ranks))
         except CheckpointError as error:
             raise RestoreError(str(error)) from error
         self.metrics.cut(saved["metrics"])
         return checkpoint, saved
+
+    def _allow(self, name: str, ranks: int, mine: int) -> None:
+        """Say what going on with another number of ranks means, if the experiment allows it."""
+        if not self._setting.reshard:
+            raise RestoreError(
+                f"the checkpoint {name} was taken with {ranks} ranks, this job has {mine}; every rank has random "
+                f"state of its own. Start {ranks} ranks again, or a new run, or set checkpoint.reshard: true to go "
+                "on with other ranks, no longer bit for bit"
+            )
+        self.note("reshard", checkpoint=name, ranks_then=ranks, ranks_now=mine)
+        self._setting.say(
+            f"warning: the checkpoint {name} was taken with {ranks} ranks, this job has {mine}: DTensors are laid "
+            f"out anew with the same values; of all else, random state too, rank r takes what rank r mod {ranks} had, "
+            f"and a loader goes on after as many batches over all ranks; not bit for bit from here on"
+        )
 
     def _choose(self) -> tuple[str | None, str | None]:
         """Return the newest trusted checkpoint's path, and why there is none where there should be one."""
@@ -159,7 +173,7 @@ class Saving:
                 segment=setting.segment,
                 step=step,
                 path=path.name,
-                bytes=sum(file.stat().st_size for file in path.iterdir()),
+                bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
                 seconds=round(seconds, 3),
                 reason=wish.reason,
             )

@@ -46,6 +46,19 @@ def trace(path: Path, step: int, batch: torch.Tensor, loss: torch.Tensor, model,
         file.write(json.dumps(line) + "\n")
 
 
+def trace_parts(path: Path, step: int, batch: torch.Tensor, losses, parts) -> None:
+    """Append one line with everything that must be equal after a step of several trainings side by side."""
+    line = {
+        "step": step,
+        "batch": of_tensors(batch),
+        "losses": [loss.item().hex() for loss in losses],
+        "parts": [of_tensors(*tensors) for tensors in parts],
+        "random": of_random_state(),
+    }
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def read(path: Path) -> dict[int, dict]:
     """Return the lines by step; a step done again after a crash must have come out the same."""
     lines: dict[int, dict] = {}
