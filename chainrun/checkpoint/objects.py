@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from chainrun.checkpoint import buckets
 from chainrun.errors import RegisterError, RestoreError
 
 
@@ -68,6 +69,7 @@ class _Module:
         return {
             "settings": {k: v for k, v in settings.items() if k not in self._built or self._built[k] != v},
             "buffers": {p: b for p, b in self._unsaved_buffers() if self._versions.get(p) != _version(b)},
+            "buckets": buckets.capture(self._module),
         }
 
     def load_extra(self, extra: dict[str, Any]) -> None:
@@ -79,6 +81,7 @@ class _Module:
         for path, buffer in extra["buffers"].items():
             owner, name = self._find(path)
             owner._buffers[name] = buffer.to(_device_of(owner._buffers[name]), copy=True)
+        buckets.restore(self._module, extra["buckets"])
 
     def _find(self, path: str) -> tuple[Any, str]:
         where, _, name = path.rpartition(".")
