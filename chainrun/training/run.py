@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -81,7 +80,7 @@ class Run:
         if found := self._saving.load():
             self.restored_from, self._saved = found
             self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
-            self.state = copy.deepcopy(self._saved["state"])
+            self.state = state.copied(self._saved["state"])
             setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
         self.resumed = self._saved is not None
         target = self._saved and self._saved["position"]

@@ -89,10 +89,10 @@ def chain(folder: Path, kind: str, rank: int, ranks: int, cuts: list[int]) -> No
     assert run.global_step == STEPS
 
 
-def main(rank: int, ranks: int, port: int, folder: Path, kinds: list[str]) -> None:
+def main(rank: int, ranks: int, ports: list[int], folder: Path, kinds: list[str]) -> None:
     torch.set_num_threads(1)
     differences = []
-    for kind in kinds:
+    for port, kind in zip(ports, kinds, strict=True):
         for key in [key for key in os.environ if key.startswith("TORCHELASTIC")]:
             del os.environ[key]
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
@@ -115,12 +115,14 @@ def main(rank: int, ranks: int, port: int, folder: Path, kinds: list[str]) -> No
 
 
 if __name__ == "__main__":
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     folder, ranks, kinds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    ports = []
+    for _ in kinds:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ports.append(probe.getsockname()[1])
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=main, args=(r, ranks, port, folder, kinds)) for r in range(ranks)]
+    processes = [fork.Process(target=main, args=(r, ranks, ports, folder, kinds)) for r in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
