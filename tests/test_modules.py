@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chain import Segment, cut, digest, marks, plain, sweep
+from chain import cut, digest, marks, sweep
 from test_training_objects import STEPS, small, training, updating
 from torch import nn, optim
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
-from chainrun.errors import ChainrunError, RegisterError, RestoreError
-
+from chainrun.errors import RegisterError
 
 # ---- averages --------------------------------------------------------------------------------------------
 
@@ -65,7 +63,9 @@ def test_stochastic_weight_averaging() -> None:
                 run.poll()
 
         swa_utils.update_bn(batches(), average)
-        return digest(average.state_dict(), *(m.momentum for m in average.modules() if hasattr(m, "momentum")))
+        return digest(
+            average.state_dict(), *(m.momentum for m in average.modules() if hasattr(m, "momentum"))
+        )
 
     from chain import sweep_boundaries
 
@@ -234,10 +234,12 @@ TENSORS: dict[str, Any] = {
         )
     },
     "complex32": lambda: _counted(torch.complex32),
-    "coo": lambda: SPARSE.to_sparse(),
-    "coo uncoalesced": lambda: torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.tensor([1.0, 2.0]), (2,)),
-    "csr": lambda: SPARSE.to_sparse_csr(),
-    "csc": lambda: SPARSE.to_sparse_csc(),
+    "coo": SPARSE.to_sparse,
+    "coo uncoalesced": lambda: torch.sparse_coo_tensor(
+        torch.tensor([[0, 0]]), torch.tensor([1.0, 2.0]), (2,)
+    ),
+    "csr": SPARSE.to_sparse_csr,
+    "csc": SPARSE.to_sparse_csc,
     "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
     "quantized": lambda: torch.quantize_per_tensor(torch.tensor([0.1, 0.5]), 0.1, 1, torch.qint8),
     "conjugate": lambda: torch.tensor([1 + 2j]).conj(),

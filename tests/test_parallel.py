@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chainrun
-
 import pytest
+
+import chainrun
 
 PROGRAM = Path(__file__).parent / "programs" / "parallel.py"
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chain import Segment, cut, digest, marks, plain, sweep
+from chain import Segment, cut, digest, marks, sweep
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
-from torch.utils.checkpoint import checkpoint
 
-from chainrun.errors import RegisterError, RestoreError
+from chainrun.errors import RestoreError
 
 STEPS = 20
 
@@ -24,9 +21,7 @@ def small(inputs: int = 3) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1))
 
 
-def training(
-    make: Any, steps: int = STEPS, net: Any = small, batch: Any = lambda: torch.randn(4, 3)
-) -> Any:
+def training(make: Any, steps: int = STEPS, net: Any = small, batch: Any = lambda: torch.randn(4, 3)) -> Any:
     """Return a training of what `make(model)` returns: things to register, and a function of step and batch."""
 
     def train(run: Any, DataLoader: Any) -> Any:
@@ -75,7 +70,6 @@ OPTIMIZERS: dict[str, Any] = {
     "Adam differentiable": lambda p: optim.Adam(p, differentiable=False, maximize=True),
     "Adam rate a tensor": lambda p: optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
     "AdamW": lambda p: optim.AdamW(p, lr=0.01, foreach=True, amsgrad=True),
-    "AdamW two groups": lambda p: (lambda p: optim.AdamW([{"params": p[:2]}, {"params": p[2:], "lr": 0.1}]))(list(p)),
     "Adamax": optim.Adamax,
     "ASGD": lambda p: optim.ASGD(p, t0=5),
     "NAdam": lambda p: optim.NAdam(p, decoupled_weight_decay=True),

@@ -20,25 +20,35 @@ from torch.nn.parallel import DistributedDataParallel
 _known: WeakKeyDictionary[DistributedDataParallel, list[torch.Tensor]] = WeakKeyDictionary()
 
 
-def capture(module: torch.nn.Module) -> list[list[str]]:
-    """Return the parameters' names by bucket order, for each wrapper around the module or a part of it.
+def capture(module: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return what each wrapper around the module or a part of it has found out since it was made.
 
-    Wrappers that have not seen a backward yet are left out: a resumed process is where they are. Where the
-    order is known and not used yet, it is put to use, as the next forward would; all ranks come here together.
+    Its parameters' names in the order of its buckets, whether that order was found (in the first backward) or is
+    that of a new wrapper, and whether its next forward sends rank 0's buffers, which it does not after one
+    under no_sync(). Where the order is found and not used yet, it is put to use, as the next forward would;
+    all ranks come here together.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [[names[id(parameter)] for parameter in _order(ddp)] for ddp in _wrappers(module) if _rebuilt(ddp)]
-
-
-def restore(module: torch.nn.Module, saved: list[list[str]]) -> None:
-    """Give each wrapper the buckets that the wrapper of the same parameters had; all ranks come here together."""
-    parameters = dict(module.named_parameters())
-    orders = {frozenset(names): names for names in saved}
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = []
     for ddp in _wrappers(module):
-        order = orders.get(frozenset(names[id(p)] for p in ddp._build_params_for_reducer()[0]))
-        if order is not None:
-            _rebuild(ddp, [parameters[name] for name in order])
+        rebuilt = _rebuilt(ddp)
+        order = _order(ddp) if rebuilt else _parameters(ddp)[0]
+        sync = bool(ddp.require_forward_param_sync)
+        found.append({"names": [names[id(p)] for p in order], "rebuilt": rebuilt, "sync": sync})
+    return found
+
+
+def restore(module: torch.nn.Module, saved: list[dict[str, Any]]) -> None:
+    """Set what `capture` returned on the wrappers of the same parameters; all ranks come here together."""
+    parameters = dict(module.named_parameters())
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    known = {frozenset(entry["names"]): entry for entry in saved}
+    for ddp in _wrappers(module):
+        entry = known.get(frozenset(names[id(p)] for p in _parameters(ddp)[0]))
+        if entry is not None:
+            if entry["rebuilt"]:
+                _rebuild(ddp, [parameters[name] for name in entry["names"]])
+            ddp.require_forward_param_sync = entry["sync"]
 
 
 def _wrappers(module: torch.nn.Module) -> Iterator[DistributedDataParallel]:
@@ -46,18 +56,26 @@ def _wrappers(module: torch.nn.Module) -> Iterator[DistributedDataParallel]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     places = {id(parameter): place for place, parameter in enumerate(module.parameters())}
-    found = []
+    found: list[tuple[list[int], int, DistributedDataParallel]] = []
     for thing in gc.get_objects():  # nothing that belongs to the module knows its wrapper
         if issubclass(type(thing), DistributedDataParallel) and hasattr(thing, "reducer"):
-            mine = [places.get(id(p), -1) for p in thing._build_params_for_reducer()[0]]
+            mine = [places.get(id(p), -1) for p in _parameters(thing)[0]]
             if mine and -1 not in mine:
                 found.append((mine, len(found), thing))
     yield from (thing for *_, thing in sorted(found))
 
 
+def _parameters(ddp: DistributedDataParallel) -> tuple[list[Any], list[bool]]:
+    """Return the parameters that it sums the gradients of, and which of those are sparse."""
+    found: tuple[list[Any], list[bool]] = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    return found
+
+
 def _rebuilt(ddp: DistributedDataParallel) -> bool:
     """Whether it sums in an order that it has found, or been given."""
-    with contextlib.suppress(RuntimeError):  # a backward that did not reach all parameters: told at the next forward
+    with contextlib.suppress(
+        RuntimeError
+    ):  # a backward that did not reach all parameters: told at the next forward
         if ddp.reducer._rebuild_buckets():
             ddp._has_rebuilt_buckets = True
     return ddp._has_rebuilt_buckets
@@ -72,13 +90,13 @@ def _order(ddp: DistributedDataParallel) -> list[torch.Tensor]:
 
 def _rebuild(ddp: DistributedDataParallel, order: list[Any]) -> None:
     """As `DistributedDataParallel.__setstate__` does, with the parameters in another order."""
-    parameters, sparse = ddp._build_params_for_reducer()
+    parameters, sparse = _parameters(ddp)
     is_sparse = {id(parameter): flag for parameter, flag in zip(parameters, sparse, strict=True)}
     ddp.reducer._remove_autograd_hooks()
-    ddp._ddp_init_helper(
+    ddp._ddp_init_helper(  # type: ignore[no-untyped-call]
         order,
         [is_sparse[id(parameter)] for parameter in order],
-        ddp._build_debug_param_to_name_mapping(order),
+        ddp._build_debug_param_to_name_mapping(order),  # type: ignore[no-untyped-call]
         ddp.static_graph,
     )
     if ddp.static_graph:
@@ -87,7 +105,7 @@ def _rebuild(ddp: DistributedDataParallel, order: list[Any]) -> None:
     if ddp.mixed_precision is not None:
         ddp.reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)  # type: ignore[attr-defined]
     for hook, state in ddp._comm_hooks:
-        torch.distributed._register_comm_hook(ddp.reducer, state, hook)
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
     ddp.reducer._push_all_rebuilt_params()
     ddp._has_rebuilt_buckets = ddp.reducer._rebuild_buckets()
     _known[ddp] = order

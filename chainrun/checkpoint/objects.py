@@ -333,7 +333,9 @@ def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch
 
 def extras(things: dict[str, Stateful]) -> dict[str, Any]:
     """Return what modules and optimizers are and keep besides their state_dict."""
-    found = {name: thing.extra() for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
+    found = {
+        name: thing.extra() for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))
+    }
     names = {id(parameter): name for name, parameter in _named(things).items()}
     for name, thing in things.items():
         if isinstance(thing, _Optimizer):

@@ -21,7 +21,8 @@ _LAYOUTS = (
 _UNKNOWN = {  # to torch.save: those of less than a byte
     dtype
     for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype) and re.fullmatch(r"torch\.(int|uint|bits)([1-7]|1x8|2x4|4x2)", str(dtype))
+    if isinstance(dtype, torch.dtype)
+    and re.fullmatch(r"torch\.(int|uint|bits)([1-7]|1x8|2x4|4x2)", str(dtype))
 }
 _INT_BITS = 2040  # torch.load's weights_only reader knows integers of up to 255 bytes
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)

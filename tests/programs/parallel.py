@@ -46,7 +46,7 @@ def train(run: Any, trace: Path, kind: str) -> None:
     if kind == "compressed":
         from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+        wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     torch.manual_seed(rank)
     if run is not None:
@@ -95,7 +95,9 @@ def main(rank: int, ranks: int, ports: list[int], folder: Path, kinds: list[str]
     for port, kind in zip(ports, kinds, strict=True):
         for key in [key for key in os.environ if key.startswith("TORCHELASTIC")]:
             del os.environ[key]
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks)
+        )
         plain = folder / kind / "plain"
         plain.mkdir(parents=True, exist_ok=True)
         assert kind != kinds[0] or "chainrun" not in sys.modules
