@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain import cut, digest, marks, sweep
+from chain import cut, digest, marks, sweep, sweep_boundaries
 from test_training_objects import STEPS, small, training, updating
 from torch import nn, optim
 from torch.optim import swa_utils
@@ -43,14 +43,14 @@ def test_stochastic_weight_averaging() -> None:
         average = swa_utils.AveragedModel(model)
         first = optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
         then = swa_utils.SWALR(optimizer, 0.02, anneal_epochs=2)
-        loader = DataLoader(torch.randn(20, 3), batch_size=5, shuffle=True)
+        loader = DataLoader(torch.randn(12, 3), batch_size=4, shuffle=True)
         things = {"model": model, "optimizer": optimizer, "average": average, "first": first, "then": then}
         run.register(**things, loader=loader)
         step = updating(model, optimizer)
-        for epoch in run.epochs(5):
+        for epoch in run.epochs(3):
             for x in loader:
                 run.step(loss=step(0, x), **marks(x, *things.values()))
-            if epoch < 2:
+            if epoch < 1:
                 first.step()
             else:
                 average.update_parameters(model)
@@ -67,9 +67,7 @@ def test_stochastic_weight_averaging() -> None:
             average.state_dict(), *(m.momentum for m in average.modules() if hasattr(m, "momentum"))
         )
 
-    from chain import sweep_boundaries
-
-    sweep_boundaries(train, 24)
+    sweep_boundaries(train, 12)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------

@@ -14,18 +14,16 @@ import chainrun
 PROGRAM = Path(__file__).parent / "programs" / "parallel.py"
 
 
-@pytest.mark.parametrize(("ranks", "kinds"), [(4, ["default", "compressed"]), (3, ["accumulated"])])
-def test_ranks_sum_gradients_in_the_same_order_after_a_cut(
-    ranks: int, kinds: list[str], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("ranks", "kind"), [(4, "default"), (3, "accumulated"), (4, "compressed")])
+def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str, tmp_path: Path) -> None:
     """Cut at several steps and at each, the ranks have the plain program's bits, however DDP is set up."""
     env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(PROGRAM), str(tmp_path), str(ranks), *kinds]
+    command = [sys.executable, str(PROGRAM), str(tmp_path), str(ranks), kind]
     with open(tmp_path / "said", "w+") as said:
-        code = subprocess.run(command, env=env, stdout=said, stderr=said, timeout=240, check=False).returncode
+        code = subprocess.run(command, env=env, stdout=said, stderr=said, timeout=120, check=False).returncode
         said.seek(0)
         assert code == 0, said.read()
-    assert len(list(tmp_path.glob("*/*/trace.*"))) == len(kinds) * 5 * ranks
+    assert len(list(tmp_path.glob("*/trace.*"))) == 5 * ranks
 
 
 def test_uneven_inputs_are_refused(tmp_path: Path) -> None:

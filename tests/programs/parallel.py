@@ -1,4 +1,4 @@
-"""A DDP training plainly and cut after every step: python parallel.py FOLDER RANKS KIND…; exits 1 where they differ.
+"""A DDP training plainly and cut after every step: python parallel.py FOLDER RANKS KIND; exits 1 where they differ.
 
 The ranks are forked before anything runs, train the plain program first (chainrun is not imported yet), then
 the same function through chainrun, one chain for each cut and one cut everywhere, each segment with new process
@@ -89,44 +89,39 @@ def chain(folder: Path, kind: str, rank: int, ranks: int, cuts: list[int]) -> No
     assert run.global_step == STEPS
 
 
-def main(rank: int, ranks: int, ports: list[int], folder: Path, kinds: list[str]) -> None:
+def main(rank: int, ranks: int, port: int, folder: Path, kind: str) -> None:
     torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    plain = folder / "plain"
+    plain.mkdir(parents=True, exist_ok=True)
+    train(None, plain / "trace", kind)
+    assert "chainrun" not in sys.modules
+    expected = fingerprint.read(plain / f"trace.{rank}")
     differences = []
-    for port, kind in zip(ports, kinds, strict=True):
-        for key in [key for key in os.environ if key.startswith("TORCHELASTIC")]:
-            del os.environ[key]
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks)
-        )
-        plain = folder / kind / "plain"
-        plain.mkdir(parents=True, exist_ok=True)
-        assert kind != kinds[0] or "chainrun" not in sys.modules
-        train(None, plain / "trace", kind)
-        expected = fingerprint.read(plain / f"trace.{rank}")
-        every = list(range(1, STEPS))
-        for cuts in ([1], [2], [3], every):
-            there = folder / kind / "-".join(map(str, cuts))
-            there.mkdir(parents=True, exist_ok=True)
-            chain(there, kind, rank, ranks, cuts)
-            found = fingerprint.read(there / f"trace.{rank}")
-            wrong = [step for step in expected if found.get(step) != expected[step]]
-            if wrong:
-                differences.append(f"{kind}, rank {rank}, cut after {cuts}: steps {wrong} differ")
-    print("\n".join(differences), end="", flush=True)
+    every = list(range(1, STEPS))
+    for cuts in ([1], [2], [3], every):
+        there = folder / "-".join(map(str, cuts))
+        there.mkdir(exist_ok=True)
+        chain(there, kind, rank, ranks, cuts)
+        found = fingerprint.read(there / f"trace.{rank}")
+        wrong = [step for step in expected if found.get(step) != expected[step]]
+        if wrong:
+            differences.append(f"{kind}, rank {rank}, cut after {cuts}: steps {wrong} differ\n")
+    print("".join(differences), end="", flush=True)
     os._exit(bool(differences))  # threads of closed process groups are not waited for
 
 
 if __name__ == "__main__":
-    folder, ranks, kinds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    ports = []
-    for _ in kinds:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports.append(probe.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=main, args=(r, ranks, ports, folder, kinds)) for r in range(ranks)]
+    processes = [
+        fork.Process(target=main, args=(rank, int(sys.argv[2]), free, Path(sys.argv[1]), sys.argv[3]))
+        for rank in range(int(sys.argv[2]))
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    sys.exit(max(abs(process.exitcode) for process in processes))
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
