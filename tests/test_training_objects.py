@@ -336,7 +336,7 @@ def growing(where: str, loose: bool = False) -> Any:
 @pytest.mark.parametrize("where", ["inside", "between"])
 def test_groups_that_are_added_later(where: str) -> None:
     """Added between two loops they are added again by the function, inside a loop by the restore."""
-    sweep(growing(where), STEPS)
+    sweep(growing(where), STEPS, quick=True)
 
 
 def test_an_added_group_of_unknown_parameters_is_refused() -> None:
