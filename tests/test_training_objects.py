@@ -159,7 +159,7 @@ def test_adversarial_training() -> None:
             run.step(loss=judged, **marks(made, *things.values()))
         return digest(*(thing.state_dict() for thing in things.values()))
 
-    sweep(train, STEPS)
+    sweep(train, STEPS, quick=True)
 
 
 def test_gradients_that_are_never_zeroed() -> None:
