@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from chainrun.checkpoint import sharded
+from chainrun.checkpoint import buckets, sharded
+from chainrun.checkpoint.state import copied
 from chainrun.errors import RegisterError, RestoreError
 
 
@@ -47,6 +48,10 @@ class _Module:
         sharded.put_away(self._module)
         return list(self._module.parameters())
 
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        sharded.put_away(self._module)
+        return self._module.named_parameters()
+
     def _settings(self) -> dict[str, bool | int | float]:
         """Return the numbers and flags that state_dict() leaves out: training, requires_grad, p of a dropout."""
         found: dict[str, bool | int | float] = {}
@@ -72,6 +77,8 @@ class _Module:
         return {
             "settings": {k: v for k, v in settings.items() if k not in self._built or self._built[k] != v},
             "buffers": {p: b for p, b in self._unsaved_buffers() if self._versions.get(p) != _version(b)},
+            "replaced": [p for p, b in self._unsaved_buffers() if self._versions.get(p, (0, 0))[0] != id(b)],
+            "buckets": buckets.capture(self._module),
         }
 
     def load_extra(self, extra: dict[str, Any]) -> None:
@@ -82,7 +89,13 @@ class _Module:
                 setattr(owner, name, wanted[path])
         for path, buffer in extra["buffers"].items():
             owner, name = self._find(path)
-            owner._buffers[name] = buffer.to(_device_of(owner._buffers[name]), copy=True)
+            live = owner._buffers[name]
+            if path in extra["replaced"] or live is None:
+                owner._buffers[name] = buffer.to(_device_of(live), copy=True)
+            else:  # it may be a view of another
+                with torch.no_grad():
+                    live.copy_(buffer)
+        buckets.restore(self._module, extra["buckets"])
 
     def _find(self, path: str) -> tuple[Any, str]:
         where, _, name = path.rpartition(".")
@@ -149,6 +162,9 @@ class _Optimizer:
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         self._name, self._optimizer = name, optimizer
+        # by the parameter's id: whether every step so far found another gradient tensor, None after one step
+        self._renewed: dict[int, bool | None] = {}
+        self._deferred: Any = None  # a state with groups that were added later
         optimizer.register_step_post_hook(self._mark)
 
     @property
@@ -166,7 +182,8 @@ class _Optimizer:
         return {"kind": type(self._optimizer).__qualname__, "shapes": shapes}
 
     def load_extra(self, saved: dict[str, Any]) -> None:
-        for mine, found in zip(self.extra().values(), saved.values(), strict=True):
+        for key, mine in self.extra().items():
+            found = saved[key]
             if mine != found:
                 raise RestoreError(
                     f"the optimizer '{self._name}' is not the one that was saved: it has {mine}, the checkpoint "
@@ -179,26 +196,69 @@ class _Optimizer:
     def _mark(self, *_: Any) -> None:
         """Note on each gradient that this optimizer has used it as it now is."""
         for parameter in self.parameters:
-            if parameter.grad is not None:
-                used = vars(parameter.grad).setdefault("_used_by", {})
-                used[self._name] = _grad_version(parameter.grad)
+            if parameter.grad is None:
+                continue
+            used = vars(parameter.grad).setdefault("_used_by", {})
+            if id(parameter) not in self._renewed:
+                self._renewed[id(parameter)] = None
+            elif self._name in used:
+                self._renewed[id(parameter)] = False
+            elif self._renewed[id(parameter)] is None:
+                self._renewed[id(parameter)] = True
+            used[self._name] = _grad_version(parameter.grad)
 
     def unused(self) -> dict[int, torch.Tensor]:
-        """Return the gradients that this optimizer has not used yet, by the parameter's place."""
+        """Return the gradients that a step is still to use, by the parameter's place.
+
+        One that was used is left out, where such gradients were seen to be replaced before the next step:
+        zero_grad() sets them to None. Else the next backward may add to it.
+        """
         found = {}
         for place, parameter in enumerate(self.parameters):
             grad = parameter.grad
-            if grad is not None and vars(grad).get("_used_by", {}).get(self._name) != _grad_version(grad):
+            if grad is None:
+                continue
+            used = vars(grad).get("_used_by", {}).get(self._name) == _grad_version(grad)
+            if not (used and self._renewed.get(id(parameter))):
                 found[place] = grad.detach()
         return found
 
     def state_dict(self) -> Any:
         return self._optimizer.state_dict()
 
+    def groups(self, names: dict[int, str]) -> list[list[str | None]]:
+        """Return the names of the parameters of each group, None where nobody knows one."""
+        return [[names.get(id(p)) for p in group["params"]] for group in self._optimizer.param_groups]
+
+    def add_groups(self, groups: list[list[str | None]], parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Add the groups that were added inside a loop, which a resumed function does not run again.
+
+        Raises:
+            RestoreError: some of their parameters belong to no registered module.
+        """
+        if self._deferred is None:
+            return
+        state, self._deferred = self._deferred, None
+        for group in groups[len(self._optimizer.param_groups) :]:
+            if any(name not in parameters for name in group):
+                raise RestoreError(
+                    f"the optimizer '{self._name}' has {len(self._optimizer.param_groups)} parameter groups, the "
+                    f"checkpoint {len(groups)}: add_param_group() was called inside a loop, with parameters of no "
+                    "registered module. Register the module before the loop, or call add_param_group() before it"
+                )
+            self._optimizer.add_param_group({"params": [parameters[str(name)] for name in group]})
+        self.load_state_dict(state)
+
     def load_state_dict(self, state: Any) -> None:
         optimizer = self._optimizer
+        if len(state["param_groups"]) > len(optimizer.param_groups):
+            self._deferred = state  # the function may add them on its way to the loop
+            return
+        self._deferred = None
         try:
-            optimizer.load_state_dict(copy.deepcopy(state))
+            with warnings.catch_warnings():  # the real part of complex state; all of it comes back below
+                warnings.filterwarnings("ignore", "Casting complex values")
+                optimizer.load_state_dict(copied(state))
         except (ValueError, KeyError) as error:
             raise RestoreError(
                 f"the optimizer '{self._name}' is not the one that was saved: {error}"
@@ -228,7 +288,7 @@ class _Other:
 
     def load_state_dict(self, state: Any) -> None:
         try:
-            self._thing.load_state_dict(copy.deepcopy(state))
+            self._thing.load_state_dict(copied(state))
         except RestoreError:
             raise
         except Exception as error:
@@ -291,7 +351,14 @@ def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch
 
 def extras(things: dict[str, Stateful]) -> dict[str, Any]:
     """Return what modules and optimizers are and keep besides their state_dict."""
-    return {name: thing.extra() for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
+    found = {
+        name: thing.extra() for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))
+    }
+    names = {id(parameter): name for name, parameter in _named(things).items()}
+    for name, thing in things.items():
+        if isinstance(thing, _Optimizer):
+            found[name]["groups"] = thing.groups(names)
+    return found
 
 
 def load_extras(things: dict[str, Stateful], saved: dict[str, Any]) -> None:
@@ -301,16 +368,35 @@ def load_extras(things: dict[str, Stateful], saved: dict[str, Any]) -> None:
         RestoreError: an optimizer is another one.
     """
     for name, thing in things.items():
+        if isinstance(thing, _Optimizer):
+            thing.add_groups(saved[name]["groups"], _named(things))
         if isinstance(thing, (_Module, _Optimizer)):
             thing.load_extra(saved[name])
+
+
+def _named(things: dict[str, Stateful]) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of the registered modules by the names of both."""
+    return {
+        f"{name}.{path}": parameter
+        for name, thing in things.items()
+        if isinstance(thing, _Module)
+        for path, parameter in thing.named_parameters()
+    }
 
 
 def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:
     """Yield what the registered optimizers show to be missing.
 
     Raises:
-        RegisterError: parameters that an optimizer trains belong to no registered object.
+        RegisterError: parameters that an optimizer trains belong to no registered object, or the ranks do not
+            all pass the same boundaries.
     """
+    if any(getattr(getattr(thing, "_join_config", None), "enable", False) for thing in originals):
+        raise RegisterError(
+            "run.step() is called inside model.join(): a rank that has no more inputs passes no boundaries, so "
+            "that the ranks cannot stop together. Give all ranks equally many batches (DistributedSampler does, "
+            "drop_last=True for a batch sampler), without join()"
+        )
     held = {
         id(parameter)
         for thing in things.values()

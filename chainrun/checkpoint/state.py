@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter, OrderedDict
 from typing import Any
 
@@ -13,6 +14,16 @@ from chainrun.errors import RegisterError
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _KEYS = (*_PLAIN, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_LAYOUTS = (
+    *(torch.strided, torch.sparse_coo),
+    *(torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
+)
+_UNKNOWN = {  # to torch.save: those of less than a byte
+    dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+    and re.fullmatch(r"torch\.(int|uint|bits)([1-7]|1x8|2x4|4x2)", str(dtype))
+}
 _INT_BITS = 2040  # torch.load's weights_only reader knows integers of up to 255 bytes
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 
@@ -31,6 +42,12 @@ def check(tree: Any, path: str) -> None:
             f"{path} is an int of {tree.bit_length()} bits; a checkpoint holds up to {_INT_BITS - 1}"
         )
     if isinstance(tree, torch.Tensor):
+        if tree.is_nested or tree.layout not in _LAYOUTS or tree.dtype in _UNKNOWN:
+            what = "nested" if tree.is_nested else f"{tree.layout}, {tree.dtype}"
+            raise RegisterError(
+                f"{path} is a tensor that torch cannot save and load again ({what}); keep it as one or more "
+                "ordinary tensors, and make it from them"
+            )
         if kind not in _TENSORS and kind not in torch.serialization.get_safe_globals():
             raise RegisterError(
                 f"{path} is a tensor of the class {kind.__module__}.{kind.__qualname__}, which a checkpoint "
@@ -57,6 +74,26 @@ def check(tree: Any, path: str) -> None:
         )
 
 
+def copied(tree: Any) -> Any:
+    """Return a deep copy; what shares memory in the tree shares it in the copy."""
+    memo: dict[int, Any] = {}
+    _clone_compressed(tree, memo)
+    return copy.deepcopy(tree, memo)
+
+
+def _clone_compressed(tree: Any, memo: dict[int, Any]) -> None:
+    """Fill the memo of a deep copy with the tensors that torch cannot deep-copy: CSR and its kin."""
+    if isinstance(tree, torch.Tensor):
+        if tree.layout not in (torch.strided, torch.sparse_coo):
+            memo[id(tree)] = tree.clone()
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            _clone_compressed(value, memo)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            _clone_compressed(value, memo)
+
+
 def refill(live: Any, saved: Any) -> None:
     """Give a dict or list the content that was saved, in place: the function may hold on to what is inside."""
     if isinstance(live, dict):
@@ -75,13 +112,14 @@ def _refilled(live: Any, saved: Any) -> Any:
     elif type(live) is type(saved) and isinstance(live, (dict, list)):
         refill(live, saved)
         return live
-    return copy.deepcopy(saved)
+    return copied(saved)
 
 
 def nbytes(tree: Any) -> int:
     """Return how many bytes the tensors of a tree hold."""
     if isinstance(tree, torch.Tensor):
-        return 0 if tree.is_meta else tree.nbytes
+        # of a sparse one it is not defined
+        return tree.nbytes if tree.layout == torch.strided and not tree.is_meta else 0
     if isinstance(tree, dict):
         return sum(nbytes(value) for value in tree.values())
     if isinstance(tree, (list, tuple)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -85,7 +84,7 @@ class Run:
             self.restored_from, self._saved = found
             self._shards = shards.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
             self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
-            self.state = copy.deepcopy(self._saved["state"])
+            self.state = state.copied(self._saved["state"])
             setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
         self.resumed = self._saved is not None
         target = self._saved and self._saved["position"]

@@ -1,0 +1,303 @@
+"""Modules of all kinds: lazy, compiled, checkpointed, copied, tied, with tensors of all kinds."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from chain import cut, digest, marks, sweep, sweep_boundaries
+from test_training_objects import STEPS, small, training, updating
+from torch import nn, optim
+from torch.optim import swa_utils
+from torch.utils.checkpoint import checkpoint
+
+from chainrun.errors import RegisterError
+
+# ---- averages --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_exponential_moving_average(buffers: bool) -> None:
+    """Averages of weights, and of buffers where asked for, go on."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        average = swa_utils.AveragedModel(
+            model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=buffers
+        )
+        update = lambda n, loss: average.update_parameters(model)  # noqa: E731
+        return {"optimizer": optimizer, "average": average}, updating(model, optimizer, update)
+
+    sweep(training(make), STEPS, quick=True)
+
+
+def test_stochastic_weight_averaging() -> None:
+    """AveragedModel, SWALR after another scheduler, and update_bn with a boundary after every batch."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = small()
+        optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        average = swa_utils.AveragedModel(model)
+        first = optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
+        then = swa_utils.SWALR(optimizer, 0.02, anneal_epochs=2)
+        loader = DataLoader(torch.randn(12, 3), batch_size=4, shuffle=True)
+        things = {"model": model, "optimizer": optimizer, "average": average, "first": first, "then": then}
+        run.register(**things, loader=loader)
+        step = updating(model, optimizer)
+        for epoch in run.epochs(3):
+            for x in loader:
+                run.step(loss=step(0, x), **marks(x, *things.values()))
+            if epoch < 1:
+                first.step()
+            else:
+                average.update_parameters(model)
+                then.step()
+
+        def batches() -> Any:
+            for x in loader:
+                yield x
+                run.log(**marks(x, average))
+                run.poll()
+
+        swa_utils.update_bn(batches(), average)
+        return digest(
+            average.state_dict(), *(m.momentum for m in average.modules() if hasattr(m, "momentum"))
+        )
+
+    sweep_boundaries(train, 12)
+
+
+# ---- modules ---------------------------------------------------------------------------------------------
+
+
+def lazy() -> nn.Sequential:
+    return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Dropout(0.2), nn.LazyLinear(1))
+
+
+def test_lazy_modules() -> None:
+    """Parameters that are made in the first forward have their shapes from the checkpoint afterwards."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        return {"optimizer": optimizer}, updating(model, optimizer)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Lazy modules")
+        sweep(training(make, net=lazy), STEPS, quick=True)
+
+
+def test_parameters_that_get_their_first_gradient_late() -> None:
+    """Their moments appear in the middle of the training."""
+
+    def make(model: Any) -> Any:
+        optimizer = optim.Adam(model.parameters(), lr=0.01, amsgrad=True)
+        for each in model[0].parameters():
+            each.requires_grad_(False)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            if n == 7:
+                model[0].requires_grad_(True)
+            if n == 13:
+                model[4].requires_grad_(False)
+            return updating(model, optimizer)(n, x)
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
+class Tied(nn.Module):
+    """A tied weight, a buffer that is a view of another, and a parameter that is a view of a flat tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = torch.randn(12)
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.part = nn.Parameter(self.flat[3:6])
+        self.register_buffer("history", torch.zeros(4, 3))
+        self.register_buffer("last", self.history[3])
+        self.register_buffer("hidden", self.history[0], persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x)) * self.part
+        if self.training:
+            self.history.mul_(0.5)
+            self.last.add_(x.detach().mean(0) + self.flat[4])
+            self.hidden.add_(1)
+        return x + self.history.sum(0)
+
+
+def test_tied_weights_and_views() -> None:
+    """What shared memory shares it again: the next step changes both."""
+
+    def make(model: Any) -> Any:
+        optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            loss = updating(model, optimizer)(n, x)
+            assert model.second.weight is model.first.weight
+            assert model.last.data_ptr() == model.history[3].data_ptr()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make, net=Tied), STEPS, quick=True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("before", [True, False])
+def test_compiled_modules(backend: str, before: bool) -> None:
+    """Compiled before or after it is registered."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        torch._dynamo.reset()
+        model = bare = small()
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        if before:
+            model = torch.compile(model, backend=backend)
+        run.register(model=model, optimizer=optimizer)
+        if not before:
+            model = torch.compile(model, backend=backend)
+        step = updating(model, optimizer)
+        for n in run.steps(6):
+            x = torch.randn(4, 3)
+            run.step(loss=step(n, x), **marks(x, bare, optimizer))
+        return digest(bare.state_dict())
+
+    sweep(train, 6, quick=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    """The forward that runs again in the backward draws the same dropout."""
+
+    def make(model: Any) -> Any:
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            x = model[0](x)
+            loss = model[4](checkpoint(model[1:4], x, use_reentrant=reentrant)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
+def test_a_registered_copy() -> None:
+    """A copy made after register() and registered itself goes on; so does the snapshot of the best weights."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = small()
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        run.register(model=model, optimizer=optimizer)
+        teacher = copy.deepcopy(model).eval()
+        run.register(teacher=teacher)
+        step = updating(model, optimizer)
+        for n in run.steps(STEPS):
+            x = torch.randn(4, 3)
+            loss = step(n, x) + teacher(x).mean().detach()
+            if n % 3 == 1:
+                teacher.load_state_dict(copy.deepcopy(model).state_dict())
+            if n == 9:  # all goes on with a copy of the model's present state
+                run.state["best"] = copy.deepcopy(model.state_dict())
+            if n == 15:
+                model.load_state_dict(run.state["best"])
+            run.step(loss=loss, **marks(x, model, teacher, optimizer))
+
+    sweep(train, STEPS, quick=True)
+
+
+# ---- kinds of tensors ------------------------------------------------------------------------------------
+
+
+def _counted(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8).view(dtype)
+
+
+SPARSE = torch.tensor([[0.0, 1.0], [2.0, 0.0]])
+TENSORS: dict[str, Any] = {
+    **{
+        str(dtype).removeprefix("torch."): lambda dtype=dtype: _counted(dtype)
+        for dtype in (
+            *(torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+            *(torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.complex64),
+        )
+    },
+    "complex32": lambda: _counted(torch.complex32),
+    "coo": SPARSE.to_sparse,
+    "coo uncoalesced": lambda: torch.sparse_coo_tensor(
+        torch.tensor([[0, 0]]), torch.tensor([1.0, 2.0]), (2,)
+    ),
+    "csr": SPARSE.to_sparse_csr,
+    "csc": SPARSE.to_sparse_csc,
+    "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+    "quantized": lambda: torch.quantize_per_tensor(torch.tensor([0.1, 0.5]), 0.1, 1, torch.qint8),
+    "conjugate": lambda: torch.tensor([1 + 2j]).conj(),
+    "transposed": lambda: torch.arange(6.0).view(2, 3).t(),
+    "empty": lambda: torch.empty(0, 3),
+}
+
+
+def bits(tensor: torch.Tensor) -> str:
+    """As digest, of tensors of all layouts; the repr shows strides of views, zero points and scales."""
+    if tensor.layout == torch.strided and not tensor.is_quantized:
+        return digest(tensor.resolve_conj().contiguous(), tensor.stride())
+    return digest(repr(tensor), str(tensor.layout))
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_kinds_of_tensors(kind: str) -> None:
+    """In a buffer, saved or not, in the optimizer's state and in run.state; each is replaced on the way."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = nn.Linear(2, 1)
+        model.register_buffer("saved", TENSORS[kind]())
+        model.register_buffer("unsaved", TENSORS[kind](), persistent=False)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        run.register(model=model, optimizer=optimizer)
+        run.state.setdefault("tensor", TENSORS[kind]())
+        for n in run.steps(4):
+            updating(model, optimizer)(n, torch.randn(2, 2))
+            if n == 1:
+                if kind != "quantized":  # torch's own load_state_dict cannot take one
+                    optimizer.state[model.weight]["kind"] = TENSORS[kind]()
+                model.unsaved = TENSORS[kind]()
+                run.state["later"] = [TENSORS[kind]()]
+            found = [model.saved, model.unsaved, run.state["tensor"], *run.state.get("later", ())]
+            found += [value for value in optimizer.state[model.weight].values() if value is not None]
+            run.log(**{f"tensor{i}": bits(each) for i, each in enumerate(found)}, **marks(None))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(Sparse|sparse|quantize|TypedStorage|ComplexHalf).*")
+        sweep(train, 4, quick=True)
+
+
+REFUSED: dict[str, Any] = {
+    "mkldnn": lambda: torch.ones(3).to_mkldnn(),
+    "int4": lambda: _counted(torch.int4),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "nested strided": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_tensors_that_a_checkpoint_cannot_hold(kind: str) -> None:
+    """They are refused at the save, by the place where they are."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        run.state["odd"] = [REFUSED[kind]()]
+        for _ in run.steps(3):
+            pass
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(nested|Nested).*")
+        with pytest.raises(RegisterError, match=r"run\.state\.odd\[0\] is a tensor that torch cannot save"):
+            cut(train, (1,))

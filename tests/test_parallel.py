@@ -1,0 +1,46 @@
+"""DistributedDataParallel on four ranks: a sum over more than two depends on where an element lies in its bucket."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import chainrun
+
+PROGRAM = Path(__file__).parent / "programs" / "parallel.py"
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(4, "default"), (3, "accumulated"), (4, "compressed")])
+def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str, tmp_path: Path) -> None:
+    """Cut at several steps and at each, the ranks have the plain program's bits, however DDP is set up."""
+    env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(PROGRAM), str(tmp_path), str(ranks), kind]
+    with open(tmp_path / "said", "w+") as said:
+        code = subprocess.run(command, env=env, stdout=said, stderr=said, timeout=120, check=False).returncode
+        said.seek(0)
+        assert code == 0, said.read()
+    assert len(list(tmp_path.glob("*/trace.*"))) == 5 * ranks
+
+
+def test_uneven_inputs_are_refused(tmp_path: Path) -> None:
+    """Inside model.join() the ranks pass different numbers of boundaries: the first step says so."""
+    env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    code = (
+        "import torch, chainrun, pytest\n"
+        "from chainrun.errors import RegisterError\n"
+        "torch.distributed.init_process_group('gloo', init_method='file://' + __import__('sys').argv[1],"
+        " rank=0, world_size=1)\n"
+        "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))\n"
+        "run = chainrun.Run(__import__('sys').argv[1] + '.run')\n"
+        "run.register(model=model)\n"
+        "with model.join(), pytest.raises(RegisterError, match='inside model.join'):\n"
+        "    model(torch.ones(1, 1)).mean().backward()\n"
+        "    run.step()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "meet")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,345 @@
+"""Optimizers, schedulers, scalers, averages and modules of all kinds, cut at every step, are the plain program."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chain import Segment, cut, digest, marks, sweep
+from torch import nn
+from torch.optim import lr_scheduler, swa_utils
+
+from chainrun.errors import RestoreError
+
+STEPS = 20
+
+
+def small(inputs: int = 3) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.2), nn.Linear(4, 1))
+
+
+def training(make: Any, steps: int = STEPS, net: Any = small, batch: Any = lambda: torch.randn(4, 3)) -> Any:
+    """Return a training of what `make(model)` returns: things to register, and a function of step and batch."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = net()
+        things, step = make(model)
+        run.register(model=model, **things)
+        for n in run.steps(steps):
+            x = batch()
+            loss = step(n, x)
+            run.step(loss=loss, **marks((x, lrs(things)), model, *things.values()))
+        return digest(model.state_dict(), *(thing.state_dict() for thing in things.values()))
+
+    return train
+
+
+def lrs(things: dict[str, Any]) -> list[Any]:
+    """Return what groups of parameters have besides parameters, learning rates above all."""
+    groups = [g for thing in things.values() for g in getattr(thing, "param_groups", ())]
+    return [{k: v for k, v in group.items() if k != "params"} for group in groups]
+
+
+def updating(model: Any, optimizer: Any, after: Any = None) -> Any:
+    def step(n: int, x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if after is not None:
+            after(n, loss)
+        return loss
+
+    return step
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------
+
+optim = torch.optim
+OPTIMIZERS: dict[str, Any] = {
+    "Adadelta": optim.Adadelta,
+    "Adafactor": lambda p: optim.Adafactor(p, lr=0.05),
+    "Adagrad": lambda p: optim.Adagrad(p, lr_decay=0.1, initial_accumulator_value=0.1),
+    "Adagrad fused": lambda p: optim.Adagrad(p, fused=True),
+    "Adam": lambda p: optim.Adam(p, amsgrad=True, weight_decay=0.1),
+    "Adam foreach": lambda p: optim.Adam(p, foreach=True),
+    "Adam fused": lambda p: optim.Adam(p, fused=True, amsgrad=True),
+    "Adam differentiable": lambda p: optim.Adam(p, differentiable=False, maximize=True),
+    "Adam rate a tensor": lambda p: optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
+    "AdamW": lambda p: optim.AdamW(p, lr=0.01, foreach=True, amsgrad=True),
+    "Adamax": optim.Adamax,
+    "ASGD": lambda p: optim.ASGD(p, t0=5),
+    "NAdam": lambda p: optim.NAdam(p, decoupled_weight_decay=True),
+    "RAdam": optim.RAdam,
+    "RMSprop": lambda p: optim.RMSprop(p, centered=True, momentum=0.5, foreach=True),
+    "Rprop": optim.Rprop,
+    "SGD": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=True),
+    "SGD fused": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.1, fused=True),
+    "Muon": lambda p: optim.Muon([each for each in p if each.ndim == 2]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str) -> None:
+    """The state of every optimizer of torch goes on, whichever of its implementations is chosen."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = OPTIMIZERS[name](model.parameters())
+        return {"optimizer": optimizer}, updating(model, optimizer)
+
+    sweep(training(make, 6), 6, quick=True)
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs(search: Any) -> None:
+    """LBFGS keeps lists of tensors and the number of evaluations."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.LBFGS(model.parameters(), lr=0.1, max_iter=4, history_size=3, line_search_fn=search)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            def again() -> torch.Tensor:
+                optimizer.zero_grad()
+                loss: torch.Tensor = model(x).square().mean()
+                loss.backward()
+                return loss
+
+            return optimizer.step(again)
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
+def test_sparse_gradients() -> None:
+    """SparseAdam beside AdamW, with gradients that are accumulated over the boundaries."""
+
+    def make(model: Any) -> Any:
+        sparse = optim.SparseAdam(list(model[0].parameters()), lr=0.1)
+        dense = optim.AdamW(model[1].parameters())
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            loss = model(x).square().mean()
+            loss.backward()
+            if n % 3 == 2:
+                for optimizer in (sparse, dense):
+                    optimizer.step()
+                    optimizer.zero_grad()
+            return loss
+
+        return {"sparse": sparse, "dense": dense}, step
+
+    net = lambda: nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Linear(4, 1))  # noqa: E731
+    sweep(training(make, net=net, batch=lambda: torch.randint(9, (4,))), STEPS)
+
+
+def test_adversarial_training() -> None:
+    """Two networks, two optimizers of different rhythm; one adds to the other's gradients in between."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        generator, critic = small(2), small(1)
+        makes = optim.Adam(generator.parameters(), lr=0.01, betas=(0.5, 0.9))
+        judges = optim.RMSprop(critic.parameters(), lr=0.01)
+        things = {"generator": generator, "critic": critic, "makes": makes, "judges": judges}
+        run.register(**things)
+        for n in run.steps(STEPS):
+            made = generator(torch.randn(4, 2))
+            judged = critic(made.detach()).mean() - critic(torch.randn(4, 1)).mean()
+            judged.backward()
+            if n % 2:
+                judges.step()
+                judges.zero_grad()
+            if n % 3 == 1:
+                critic(made).mean().neg().backward()  # leaves gradients in the critic
+                makes.step()
+                makes.zero_grad()
+            run.step(loss=judged, **marks(made, *things.values()))
+        return digest(*(thing.state_dict() for thing in things.values()))
+
+    sweep(train, STEPS, quick=True)
+
+
+def test_gradients_that_are_never_zeroed() -> None:
+    """They grow from step to step, used again and again."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.SGD(model.parameters(), lr=0.01)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_are_seldom_zeroed(to_none: bool) -> None:
+    """They are used in every step and zeroed in every fourth."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.SGD(model.parameters(), lr=0.01)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            if n % 4 == 3:
+                optimizer.zero_grad(set_to_none=to_none)
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
+def test_used_gradients_that_are_replaced_are_not_saved(tmp_path: Path) -> None:
+    """From the second step on a checkpoint holds weights and moments, no gradients."""
+    model = small()
+    optimizer = optim.Adam(model.parameters())
+    step = updating(model, optimizer)
+    with Segment(tmp_path) as run:
+        run.register(model=model, optimizer=optimizer)
+        sizes = []
+        for n in range(3):
+            step(n, torch.randn(4, 3))
+            sizes.append(len(run._tree(None)["gradients"]["optimizer"]))
+    assert sizes == [6, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam fused"])
+def test_scaled_losses_that_overflow(kind: str) -> None:
+    """GradScaler skips infinite and NaN steps, with clipping after unscale_, accumulation and two optimizers."""
+
+    def make(model: Any) -> Any:
+        one = OPTIMIZERS[kind](model[:2].parameters())
+        other = optim.AdamW(model[2:].parameters(), lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(x).square().mean()
+            bad = {3: math.inf, 7: math.nan, 8: math.inf}.get(n, 1.0)
+            scaler.scale(loss * bad).backward()
+            if n % 2:
+                scaler.unscale_(one)
+                nn.utils.clip_grad_norm_(model[:2].parameters(), 0.1)
+                for optimizer in (one, other):
+                    scaler.step(optimizer)
+                    optimizer.zero_grad()
+                scaler.update()
+            return loss
+
+        return {"one": one, "other": other, "scaler": scaler}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
+# ---- schedulers ----------------------------------------------------------------------------------------
+
+
+class Warmup:
+    """A callable with a memory."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.calls = steps, 0
+
+    def __call__(self, step: int) -> float:
+        self.calls += 1
+        return min(1.0, (step + 1) / self.steps) / (1 + self.calls / 10)
+
+
+s = lr_scheduler
+SCHEDULERS: dict[str, Any] = {
+    "LambdaLR": lambda o: s.LambdaLR(o, [Warmup(4), lambda n: 0.9**n]),
+    "MultiplicativeLR": lambda o: s.MultiplicativeLR(o, Warmup(4)),
+    "StepLR": lambda o: s.StepLR(o, 3),
+    "MultiStepLR": lambda o: s.MultiStepLR(o, [2, 4, 4, 8]),
+    "ConstantLR": lambda o: s.ConstantLR(o, 0.3, 4),
+    "LinearLR": lambda o: s.LinearLR(o, 0.1, total_iters=7),
+    "ExponentialLR": lambda o: s.ExponentialLR(o, 0.9),
+    "PolynomialLR": lambda o: s.PolynomialLR(o, 9, 2.0),
+    "CosineAnnealingLR": lambda o: s.CosineAnnealingLR(o, 5),
+    "CosineAnnealingWarmRestarts": lambda o: s.CosineAnnealingWarmRestarts(o, 3, 2),
+    "OneCycleLR": lambda o: s.OneCycleLR(o, [0.1, 0.2], total_steps=11, three_phase=True),
+    "CyclicLR": lambda o: s.CyclicLR(o, 0.01, 0.1, 3, mode="exp_range", gamma=0.9),
+    "CyclicLR own scale": lambda o: s.CyclicLR(o, 0.01, 0.1, 3, scale_fn=Warmup(3), scale_mode="iterations"),
+    "ReduceLROnPlateau": lambda o: s.ReduceLROnPlateau(o, patience=0, cooldown=1),
+    "SequentialLR": lambda o: s.SequentialLR(
+        o, [s.LinearLR(o, 0.1, total_iters=3), s.LambdaLR(o, Warmup(3)), s.CosineAnnealingLR(o, 4)], [3, 6]
+    ),
+    "ChainedScheduler": lambda o: s.ChainedScheduler([s.ConstantLR(o, 0.1, 4), s.MultiStepLR(o, [3, 5])], o),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.001, anneal_epochs=4),
+    "SWALR linear": lambda o: swa_utils.SWALR(o, 0.001, anneal_epochs=4, anneal_strategy="linear"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(name: str) -> None:
+    """Rates and momenta of two groups follow the same curve, without a warning at a resume."""
+
+    def make(model: Any) -> Any:
+        groups = [{"params": model[:2].parameters(), "lr": 0.05}, {"params": model[2:].parameters()}]
+        optimizer = optim.SGD(groups, lr=0.02, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        plateau = name == "ReduceLROnPlateau"
+        turn = lambda n, loss: scheduler.step(loss.item()) if plateau else scheduler.step()  # noqa: E731
+        return {"optimizer": optimizer, "scheduler": scheduler}, updating(model, optimizer, turn)
+
+    sweep(training(make, 10), 10, quick=True)
+
+
+# ---- groups ------------------------------------------------------------------------------------------------
+
+
+def growing(where: str, loose: bool = False) -> Any:
+    """Return a training of two phases; the second trains the whole model, in a group added where told."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = small()
+        extra = nn.Parameter(torch.ones(1))
+        optimizer = optim.Adam(model[4:].parameters(), lr=0.01)
+        scheduler = s.ExponentialLR(optimizer, 0.9)
+        things = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        run.register(**things)
+        step = updating(model, optimizer)
+
+        def add() -> None:
+            parameters = [extra] if loose else [*model[:2].parameters()]
+            optimizer.add_param_group({"params": parameters, "lr": 0.05, "betas": (0.5, 0.9)})
+            scheduler.base_lrs.append(0.05)
+
+        def turn(n: int) -> None:
+            x = torch.randn(4, 3)
+            run.step(loss=step(n, x), **marks((x, lrs(things)), *things.values()))
+            if n % 4 == 3:
+                scheduler.step()
+
+        for n in run.steps(10):
+            if where == "inside" and n == 5:
+                add()
+            turn(n)
+        if where == "between":
+            add()
+        for n in run.steps(10):
+            turn(n)
+
+    return train
+
+
+@pytest.mark.parametrize("where", ["inside", "between"])
+def test_groups_that_are_added_later(where: str) -> None:
+    """Added between two loops they are added again by the function, inside a loop by the restore."""
+    sweep(growing(where), STEPS, quick=True)
+
+
+def test_an_added_group_of_unknown_parameters_is_refused() -> None:
+    """A restore cannot know them: the message says what to do."""
+    with pytest.raises(RestoreError, match=r"has 1 parameter groups, the checkpoint 2: add_param_group"):
+        cut(growing("inside", loose=True), (7,))
