@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,29 +32,46 @@ class Job:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         run = RunDir(Path(self.path))
         allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
-        from chainrun.launch import handoff  # not while unpickling
-        from chainrun.segment import run_segment
-
-        leads = allocation.rank == 0 and allocation.scheduler == "slurm"
-        if leads:
-            handoff.prepare_ahead(run, allocation)
-        outcome = run_segment(run, allocation, signals)
-        if leads and outcome.kind in ("done", "failed", "idle"):
-            handoff.tidy(run, allocation)
-        if outcome.kind in ("failed", "locked"):  # srun then ends the ranks that wait for this one
-            sys.exit(EXIT_FAILED)
-        if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
-            # of a failed segment the rank that failed hands over: the others may wait for it for ever
-            hands_over = allocation.rank == 0 or outcome.kind == "retry"
-            if hands_over and not handoff.hand_over(run, allocation, outcome):
-                sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
-        # of a local chain `chainrun run` starts the next segment
+        try:
+            _carry(run, allocation, signals)
+        finally:
+            _end_workers()
 
     def checkpoint(self) -> Any:
         """Answer submitit's own handler in the seconds before ours are installed: start again as we are."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
+
+
+def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
+    from chainrun.launch import handoff  # not while unpickling
+    from chainrun.segment import run_segment
+
+    leads = allocation.rank == 0 and allocation.scheduler == "slurm"
+    if leads:
+        handoff.prepare_ahead(run, allocation)
+    outcome = run_segment(run, allocation, signals)
+    if leads and outcome.kind in ("done", "failed", "idle"):
+        handoff.tidy(run, allocation)
+    if outcome.kind in ("failed", "locked"):  # srun then ends the ranks that wait for this one
+        sys.exit(EXIT_FAILED)
+    if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
+        # of a failed segment the rank that failed hands over: the others may wait for it for ever
+        hands_over = allocation.rank == 0 or outcome.kind == "retry"
+        if hands_over and not handoff.hand_over(run, allocation, outcome):
+            sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
+    # of a local chain `chainrun run` starts the next segment
+
+
+def _end_workers() -> None:
+    """End loader workers that hang: they ignore the signal that multiprocessing ends them with when it exits."""
+    processes = sys.modules.get("multiprocessing")
+    workers = [child for child in processes.active_children() if child.daemon] if processes else []
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
+        for worker in workers:
+            worker.kill()
 
 
 def _local_allocation() -> Allocation:

@@ -7,8 +7,9 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from chainrun.errors import RestoreError
-from chainrun.training.data import Chain, _from_plain
+from chainrun.training.data import Chain
 from chainrun.training.indices import Stream
+from chainrun.training.one_pass import from_plain
 
 
 def moved(chain: Chain, saved: dict[str, Any], then: int, now: int) -> dict[str, Any]:
@@ -30,10 +31,10 @@ def moved(chain: Chain, saved: dict[str, Any], then: int, now: int) -> dict[str,
             f"instead of {then} ranks is not known; start {then} ranks again until that pass is over"
         )
     present = chain.parent_state()
-    chain.set_parent_state(_from_plain(place["began"]))
+    chain.set_parent_state(from_plain(place["began"]))
     stream = Stream(iter(chain.index_sampler), None, chain)
     if place["first"]:
-        chain.set_parent_state(_from_plain(place["first"]))
+        chain.set_parent_state(from_plain(place["first"]))
     handed_out = place["drawn"][0] * then // now
     for _ in zip(range(handed_out), stream, strict=False):
         pass

@@ -1,0 +1,304 @@
+"""One pass over the batches of a registered loader: begun, resumed, gone through, left."""
+
+from __future__ import annotations
+
+import dis
+import pickle
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from chainrun.errors import RegisterError, RestoreError
+from chainrun.training import carried, rng
+from chainrun.training.indices import Again, Alone, Counted, Drawn, State
+from chainrun.training.iterable import Place
+from chainrun.training.position import Pass as Mark
+from chainrun.training.record import fingerprint
+from chainrun.training.worker import End
+
+if TYPE_CHECKING:
+    from chainrun.training.data import Chain
+
+_LOOPS = {dis.opmap[name] for name in ("FOR_ITER", "SEND", "YIELD_FROM") if name in dis.opmap}
+
+
+def to_plain(state: State) -> list[Any]:
+    return [rng.to_tensors(state[0]), carried.to_plain(state[1]), *map(place_to_plain, state[2:])]
+
+
+def from_plain(state: list[Any]) -> State:
+    return [rng.from_tensors(state[0]), carried.from_plain(state[1]), *map(place_from_plain, state[2:])]
+
+
+def place_to_plain(place: Place) -> list[Any]:
+    return [pickle.loads(place.state) if place.state else None, place.over]
+
+
+def place_from_plain(place: list[Any]) -> Place:
+    return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", place[1])
+
+
+class OnePass:
+    """One pass over the batches of a registered loader."""
+
+    def __init__(self, chain: Chain, mark: Mark) -> None:
+        self.chain, self._mark = chain, mark
+        self._batches: Iterator[Any] = iter(())
+        self._began: State = []  # the process's state when the pass began
+        self._bore = False  # whether persistent workers were born with it
+        self._in_flight = False
+        self._seen: set[int] = set()  # workers of which a batch was handed out
+        self._ended: set[int] = set()  # those whose data has ended
+        self._workers_began: dict[int, bytes] = {}
+        self._alone: Alone | None = None
+        self.see: Callable[[bool, Any], None] | None = None  # told of the next batch, or that there is none
+        self.handed_out = 0
+        self.running = True
+        self.resumed = False
+        self.superseded = False
+
+    def start(self) -> None:
+        """Begin at the first batch."""
+        chain = self.chain
+        self._began = began = chain.parent_state()
+        before_second = None
+        if not chain.persistent or chain.birth is None or chain.counter:
+            self._bore = chain.persistent and not chain.counter
+            chain.birth = began if self._bore else None
+            chain.workers = {}
+        elif chain.inner is None:  # workers of an earlier process: born again, then as they were left
+            chain.set_parent_state(chain.birth)
+            before_second = lambda: chain.set_parent_state(began)  # noqa: E731
+        self._workers_began = dict(chain.workers)
+        self._batches = chain.build(None, before_second)
+
+    def resume(self) -> None:
+        """Move to the checkpoint's batch; no item is loaded, the process's state stays as it is."""
+        chain = self.chain
+        assert chain.saved is not None
+        chain.recall(chain.saved)
+        chain.renew()
+        saved = chain.saved["pass"]
+        how_far = Drawn(*saved["drawn"])
+        self._began = began = from_plain(saved["began"])
+        self._bore = saved["bore"]
+        self.handed_out, self.resumed = how_far.handed_out, True
+        workers = chain.loader.num_workers
+        self._seen = set(saved["seen"])
+        repeats = chain.turns is not None and not self._knows_its_place()
+        exhausted = workers > 0 and how_far.ended and how_far.handed_out == how_far.drawn
+        turns = 0 if exhausted or not workers or chain.counter else how_far.handed_out % workers
+        again = Again(how_far, saved["first"] and from_plain(saved["first"]), turns)
+        if exhausted and not chain.persistent:  # only the end of the loop is left, which needs no worker
+            chain.sampler = Counted(None, chain)
+            chain.sampler.stream.drawn, chain.sampler.stream.ended = how_far.drawn, True
+            return
+        present = chain.parent_state()
+        before_second = None
+        chain.set_parent_state(began)
+        if chain.birth is not None and not self._bore:
+            chain.set_parent_state(chain.birth)
+            before_second = lambda: chain.set_parent_state(began)  # noqa: E731
+        self._workers_began = {
+            worker: pickle.dumps(from_plain(state), protocol=5)
+            for worker, state in saved["workers began"].items()
+        }
+        if repeats:
+            self._repeat(again, before_second, saved["reached"])
+        else:
+            self._batches = chain.build(again, before_second, frozenset(self._seen))
+            if chain.turns and not workers:
+                chain.turns.recall(place_from_plain(chain.saved["place"]), inside=True)
+        chain.set_parent_state(present)
+
+    def _knows_its_place(self) -> bool:
+        """Whether an iterable data set, or its iterators, said where they were."""
+        chain = self.chain
+        assert chain.saved is not None
+        if not chain.loader.num_workers:
+            return chain.saved["place"][0] is not None
+        return any(pickle.loads(chain.workers[worker])[2].state for worker in self._seen)
+
+    def _repeat(
+        self, again: Again, before_second: Callable[[], None] | None, reached: dict[str, str]
+    ) -> None:
+        """Make the batches again that were handed out, and see that this came to the same place.
+
+        Raises:
+            RestoreError: it did not.
+        """
+        chain, count = self.chain, self.handed_out
+        expected, chain.workers = chain.workers, dict(self._workers_began)
+        if not self._workers_began:
+            before_second = None
+        self._batches = chain.build(None, before_second, repeated=count)
+        if not chain.loader.num_workers and again.first:
+            chain.set_parent_state(again.first)
+        self.handed_out = 0
+        say = f"the loader '{chain.name}' goes through the batches of this epoch again"
+        for _ in tqdm(range(count), desc=say, unit="batch", delay=2, disable=not sys.stderr.isatty()):
+            self._take()
+        differs = [
+            f"worker {worker}"
+            for worker in sorted(self._seen)
+            if fingerprint(to_plain(pickle.loads(chain.workers[worker])))
+            != fingerprint(to_plain(pickle.loads(expected[worker])))
+        ]
+        now = self._alone.reached() if self._alone else {}
+        differs += [
+            f"the stream '{name}'" for name in {**now, **reached} if now.get(name) != reached.get(name)
+        ]
+        if differs:
+            raise RestoreError(
+                f"the iterable data set of the loader '{chain.name}' did not repeat the batches that it had given "
+                f"before the checkpoint ({', '.join(differs)}): it depends on something that is not saved; give it, "
+                "or its iterator, state_dict and load_state_dict"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        stream = self.chain.sampler.stream
+        return {
+            "began": to_plain(self._began),
+            "bore": self._bore,
+            "first": stream.first and to_plain(stream.first),
+            "seen": sorted(self._seen),
+            "workers began": {w: to_plain(pickle.loads(data)) for w, data in self._workers_began.items()},
+            "reached": self._alone.reached() if self._alone else {},
+            "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
+        }
+
+    def next(self, *, by_hand: bool) -> Any:
+        chain = self.chain
+        self._mark.by_hand = by_hand
+        if threading.get_ident() != chain.thread:
+            raise RegisterError(
+                f"the loader '{chain.name}' is used from a thread that did not register it; it would run ahead of "
+                "run.step() by an unknown number of batches. Give the loader workers (num_workers=) instead"
+            )
+        if self.superseded:
+            raise RegisterError(
+                f"two passes over the loader '{chain.name}' are used at the same time; a resume could not tell "
+                "them apart: build and register a second loader for the second loop"
+            )
+        chain.on_head(self._mark)
+        see, self.see = self.see, None
+        try:
+            batch = self.make()
+        except StopIteration:
+            if see is not None:
+                see(True, None)
+            self.leave(exhausted=True)
+            raise
+        if see is not None:
+            see(False, batch)
+        if self.handed_out == 1 and self._began:
+            chain.refuse_new_carriers(len(self._began[1]))
+        chain.position.advance(self._mark)
+        if chain.on_batch is not None:
+            chain.on_batch(chain.name, batch)
+        return batch
+
+    def make(self) -> Any:
+        """Return the next batch.
+
+        Raises:
+            StopIteration: the pass is at its end.
+        """
+        while isinstance(batch := self._take(), End):
+            if len(self._ended) == max(1, self.chain.loader.num_workers):
+                raise StopIteration
+        return batch
+
+    def _take(self) -> Any:
+        """Return the next batch, or `End` for the turn of a worker whose data has ended."""
+        chain, worker = self.chain, 0
+        alone = None
+        if chain.turns and not chain.loader.num_workers and not chain.turns.place.state:
+            alone = self._alone = self._alone or Alone(
+                chain,
+                f"the iterable data set of the loader '{chain.name}'",
+                "Give it num_workers=1, a generator of its own, or state_dict and load_state_dict",
+            )
+            before = chain.streams()
+        batch = next(self._batches)
+        if chain.loader.num_workers and not chain.counter:
+            batch, worker, state, ended = batch
+            self._seen.add(worker)
+            if state:
+                chain.workers[worker] = state
+            if ended:
+                batch = End(bool(state))
+        if isinstance(batch, End):
+            self._ended.add(worker)
+        elif alone:
+            alone.check(before)
+        self.handed_out += 1
+        return batch
+
+    def leave(self, *, exhausted: bool = False) -> None:
+        """The pass is over, by its end or by a break."""
+        if not self.running:
+            return
+        self.running = False
+        self._in_flight = self.chain.persistent and not (exhausted and not self.chain.turns)
+        if self.chain.turns and not exhausted and not self.chain.position.over:
+            self.chain.note_early(ended=bool(self._ended))
+        if not self._in_flight:
+            self._batches = iter(())  # ends the workers, as the end of torch's own iterator does
+        if not self.chain.persistent:
+            self.chain.workers = {}
+        self.chain.position.end(self._mark, exhausted=exhausted)
+
+    @property
+    def processes(self) -> list[Any]:
+        """Its workers."""
+        return list(getattr(self._batches, "_workers", ()))
+
+    def close(self) -> None:
+        self.running = self._in_flight = False
+        self._batches = iter(())
+
+    def drain(self) -> None:
+        """Note where persistent workers end: they still compute what they had been sent before a break."""
+        if self._in_flight:
+            self._in_flight = False
+            self.chain.sampler.stream.stopped = True
+            left_early = len(self._ended) < self.chain.loader.num_workers
+            for _, worker, state, ended in self._batches if not self.chain.counter else ():
+                if state:
+                    self.chain.workers[worker] = state
+                if ended and left_early:
+                    self.chain.note_early(ended=True)
+
+
+class Skipped(Iterator[Any]):
+    """Gives nothing during the walk. A variable that holds it goes on with the pass that it held then."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._batches: Iterator[Any] = iter(())
+
+    def __next__(self) -> Any:
+        if self._chain.position.is_waiting(self._chain.loop):
+            self._batches = self._chain.iterate(taken_up=True)
+        return next(self._batches)
+
+
+class Batches(Iterator[Any]):
+    """The iterator that the loop holds; when the loop drops it, the pass is over."""
+
+    def __init__(self, one_pass: OnePass) -> None:
+        self._pass = one_pass
+
+    def __next__(self) -> Any:
+        caller = sys._getframe(1)  # zip, enumerate and the like have no frame: it is the loop around them
+        return self._pass.next(by_hand=caller.f_code.co_code[caller.f_lasti] not in _LOOPS)
+
+    def __len__(self) -> int:
+        return len(self._pass.chain.loader)
+
+    def __del__(self) -> None:
+        self._pass.leave()
