@@ -1,9 +1,9 @@
 """The committed checkpoints of a run: newest, trusted, retired. What is not committed does not exist.
 
 A checkpoint is a directory with one file a rank, the shards of what is spread over ranks, and
-``manifest.json``, which states each file's size and xxh3_128, and its own. It is written as ``step-….tmp``, the manifest last, and renamed when all of it is on
-disk; to remove it, it is renamed back first. Loading, retention and status ask the same question of the same
-function: `Store.flaw`.
+``manifest.json``, which states each file's size and xxh3_128, and its own. It is written as ``step-….tmp``, the
+manifest last, and renamed when all of it is on disk; to remove it, it is renamed back first. Loading, retention
+and status ask the same question of the same function: `Store.flaw`.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class Run:
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = self._shards = None
         rng.restore(rng.from_tensors(saved["rng"]))
-        if self.restored_from and witness.is_expected(self.restored_from.manifest["reason"]):
+        if self._is_witnessed():
             self._hear_witness(saved["position"]["owner"])
             rng.restore(rng.from_tensors(saved["rng"]))  # a state_dict() may draw
         if self.on_place is not None:
@@ -464,6 +464,13 @@ class Run:
         about = (tree, self._generators(), self._chain_of(owner))
         for line in witness.give(self._saving.newest, self.rank, *about, seconds):
             self._setting.say(line)
+
+    def _is_witnessed(self) -> bool:
+        """Whether the segment before should have left a witness of what this rank has restored."""
+        if self.restored_from is None:
+            return False
+        about = self.restored_from.manifest
+        return witness.is_expected(about["reason"]) and about["world_size"] == self.world_size
 
     def _hear_witness(self, owner: str | None) -> None:
         """Compare what the segment before left with what was restored, and with what comes next."""
