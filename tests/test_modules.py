@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain import cut, digest, marks, sweep, sweep_boundaries
+from chain import cut, cut_everywhere, digest, marks, sweep, sweep_boundaries
 from test_training_objects import STEPS, small, training, updating
 from torch import nn, optim
 from torch.optim import swa_utils
@@ -31,7 +31,7 @@ def test_exponential_moving_average(buffers: bool) -> None:
         update = lambda n, loss: average.update_parameters(model)  # noqa: E731
         return {"optimizer": optimizer, "average": average}, updating(model, optimizer, update)
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 def test_stochastic_weight_averaging() -> None:
@@ -86,7 +86,7 @@ def test_lazy_modules() -> None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Lazy modules")
-        sweep(training(make, net=lazy), STEPS, quick=True)
+        cut_everywhere(training(make, net=lazy), least=STEPS)
 
 
 def test_parameters_that_get_their_first_gradient_late() -> None:
@@ -106,7 +106,7 @@ def test_parameters_that_get_their_first_gradient_late() -> None:
 
         return {"optimizer": optimizer}, step
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 class Tied(nn.Module):
@@ -145,7 +145,7 @@ def test_tied_weights_and_views() -> None:
 
         return {"optimizer": optimizer}, step
 
-    sweep(training(make, net=Tied), STEPS, quick=True)
+    cut_everywhere(training(make, net=Tied), least=STEPS)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -188,7 +188,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
         return {"optimizer": optimizer}, step
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 def test_a_registered_copy() -> None:
@@ -212,7 +212,7 @@ def test_a_registered_copy() -> None:
                 model.load_state_dict(run.state["best"])
             run.step(loss=loss, **marks(x, model, teacher, optimizer))
 
-    sweep(train, STEPS, quick=True)
+    cut_everywhere(train, least=STEPS)
 
 
 # ---- kinds of tensors ------------------------------------------------------------------------------------

@@ -71,51 +71,6 @@ def _updating(optimizer: torch.optim.Optimizer, *after: Any) -> Any:
     return step
 
 
-OPTIMIZERS: dict[str, Any] = {
-    "adam": lambda p: torch.optim.Adam(p, amsgrad=True),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-    "plain": lambda p: torch.optim.SGD(p, lr=0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.5),
-    "adagrad": torch.optim.Adagrad,
-    "averaged": torch.optim.ASGD,
-    "rate as a tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
-}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_optimizers(name: str) -> None:
-    """Moments, counts and rates go on."""
-
-    def make(model: nn.Module) -> Any:
-        optimizer = OPTIMIZERS[name](model.parameters())
-        return {"optimizer": optimizer}, _updating(optimizer)
-
-    sweep(training(make), 6, quick=True)
-
-
-def test_optimizer_with_a_closure() -> None:
-    """LBFGS keeps lists of tensors in its state."""
-
-    def make(model: nn.Module) -> Any:
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3, history_size=4)
-
-        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
-            def again() -> torch.Tensor:
-                optimizer.zero_grad()
-                value: torch.Tensor = model(torch.ones(4, 3)).square().mean()
-                value.backward()
-                return value
-
-            optimizer.step(again)
-            return loss
-
-        return {"optimizer": optimizer}, step
-
-    sweep(training(make), 6, quick=True)
-
-
 class MixedAdam(torch.optim.Optimizer):
     """Keeps fp32 moments and a fp32 copy of bf16 parameters, and an integer count per element."""
 
@@ -184,71 +139,6 @@ def test_optimizers_that_share_parameters() -> None:
         return {"often": often, "seldom": seldom}, step
 
     sweep(training(make, 8), 8, quick=True)
-
-
-SCHEDULERS: dict[str, Any] = {
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
-    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=7),
-    "on plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
-    ),
-    "chained": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.1), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda n: 1 / (n + 1)),
-    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-}
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers(name: str) -> None:
-    """The learning rate, and for OneCycle the momentum, follow the same curve; no warning at a resume."""
-
-    def make(model: nn.Module) -> Any:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        scheduler = SCHEDULERS[name](optimizer)
-        metric = name == "on plateau"
-
-        def turn(loss: torch.Tensor) -> None:
-            scheduler.step(loss.item()) if metric else scheduler.step()
-
-        return {"optimizer": optimizer, "scheduler": scheduler}, _updating(optimizer, turn)
-
-    sweep(training(make), 6, quick=True)
-
-
-def test_grad_scaler() -> None:
-    """Its scale and growth counter go on."""
-
-    def make(model: nn.Module) -> Any:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-
-        def step(n: int, loss: torch.Tensor) -> torch.Tensor:
-            optimizer.zero_grad()
-            scaler.scale(loss * (float("inf") if n == 3 else 1.0)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            return loss
-
-        return {"optimizer": optimizer, "scaler": scaler}, step
-
-    sweep(training(make), 6, quick=True)
-
-
-def test_averaged_model() -> None:
-    """An exponential moving average, its count included."""
-
-    def make(model: nn.Module) -> Any:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        averaged = torch.optim.swa_utils.AveragedModel(
-            model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
-        )
-        update = _updating(optimizer, lambda loss: averaged.update_parameters(model))
-        return {"optimizer": optimizer, "averaged": averaged}, update
-
-    sweep(training(make), 6, quick=True)
 
 
 def test_parts_that_are_frozen_and_thawed() -> None:

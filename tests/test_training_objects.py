@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chain import Segment, cut, digest, marks, sweep
+from chain import Segment, cut, cut_everywhere, digest, marks, sweep
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -90,7 +90,7 @@ def test_optimizers(name: str) -> None:
         optimizer = OPTIMIZERS[name](model.parameters())
         return {"optimizer": optimizer}, updating(model, optimizer)
 
-    sweep(training(make, 6), 6, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 @pytest.mark.parametrize("search", [None, "strong_wolfe"])
@@ -111,7 +111,7 @@ def test_lbfgs(search: Any) -> None:
 
         return {"optimizer": optimizer}, step
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 def test_sparse_gradients() -> None:
@@ -159,7 +159,7 @@ def test_adversarial_training() -> None:
             run.step(loss=judged, **marks(made, *things.values()))
         return digest(*(thing.state_dict() for thing in things.values()))
 
-    sweep(train, STEPS, quick=True)
+    cut_everywhere(train, least=STEPS)
 
 
 def test_gradients_that_are_never_zeroed() -> None:
@@ -176,7 +176,7 @@ def test_gradients_that_are_never_zeroed() -> None:
 
         return {"optimizer": optimizer}, step
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 @pytest.mark.parametrize("to_none", [True, False])
@@ -196,7 +196,7 @@ def test_gradients_that_are_seldom_zeroed(to_none: bool) -> None:
 
         return {"optimizer": optimizer}, step
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 def test_used_gradients_that_are_replaced_are_not_saved(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_scaled_losses_that_overflow(kind: str) -> None:
 
         return {"one": one, "other": other, "scaler": scaler}, step
 
-    sweep(training(make), STEPS, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 # ---- schedulers ----------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ SCHEDULERS: dict[str, Any] = {
     "PolynomialLR": lambda o: s.PolynomialLR(o, 9, 2.0),
     "CosineAnnealingLR": lambda o: s.CosineAnnealingLR(o, 5),
     "CosineAnnealingWarmRestarts": lambda o: s.CosineAnnealingWarmRestarts(o, 3, 2),
-    "OneCycleLR": lambda o: s.OneCycleLR(o, [0.1, 0.2], total_steps=11, three_phase=True),
+    "OneCycleLR": lambda o: s.OneCycleLR(o, [0.1, 0.2], total_steps=21, three_phase=True),
     "CyclicLR": lambda o: s.CyclicLR(o, 0.01, 0.1, 3, mode="exp_range", gamma=0.9),
     "CyclicLR own scale": lambda o: s.CyclicLR(o, 0.01, 0.1, 3, scale_fn=Warmup(3), scale_mode="iterations"),
     "ReduceLROnPlateau": lambda o: s.ReduceLROnPlateau(o, patience=0, cooldown=1),
@@ -292,7 +292,7 @@ def test_schedulers(name: str) -> None:
         turn = lambda n, loss: scheduler.step(loss.item()) if plateau else scheduler.step()  # noqa: E731
         return {"optimizer": optimizer, "scheduler": scheduler}, updating(model, optimizer, turn)
 
-    sweep(training(make, 10), 10, quick=True)
+    cut_everywhere(training(make), least=STEPS)
 
 
 # ---- groups ------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def growing(where: str, loose: bool = False) -> Any:
 @pytest.mark.parametrize("where", ["inside", "between"])
 def test_groups_that_are_added_later(where: str) -> None:
     """Added between two loops they are added again by the function, inside a loop by the restore."""
-    sweep(growing(where), STEPS, quick=True)
+    cut_everywhere(growing(where), least=STEPS)
 
 
 def test_an_added_group_of_unknown_parameters_is_refused() -> None:
