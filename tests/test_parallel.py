@@ -14,15 +14,26 @@ import chainrun
 PROGRAM = Path(__file__).parent / "programs" / "parallel.py"
 
 
-@pytest.mark.parametrize(("ranks", "kind"), [(4, "default"), (3, "accumulated"), (4, "compressed")])
-def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str, tmp_path: Path) -> None:
-    """Cut at several steps and at each, the ranks have the plain program's bits, however DDP is set up."""
+def compare(ranks: int, kind: str, tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(PROGRAM), str(tmp_path), str(ranks), kind]
     with open(tmp_path / "said", "w+") as said:
         code = subprocess.run(command, env=env, stdout=said, stderr=said, timeout=120, check=False).returncode
         said.seek(0)
         assert code == 0, said.read()
+
+
+@pytest.mark.parametrize("kind", ["map", "iterable"])
+def test_two_ranks_over_a_loader_are_exact_at_every_cut(kind: str, tmp_path: Path) -> None:
+    """Twenty steps of DDP over a DistributedSampler, and over shards: each rank has its own streams and place."""
+    compare(2, kind, tmp_path)
+    assert len(list(tmp_path.glob("*/trace.*"))) == 3 * 2
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(4, "default"), (3, "accumulated"), (4, "compressed")])
+def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str, tmp_path: Path) -> None:
+    """Cut at several steps and at each, the ranks have the plain program's bits, however DDP is set up."""
+    compare(ranks, kind, tmp_path)
     assert len(list(tmp_path.glob("*/trace.*"))) == 5 * ranks
 
 

@@ -8,10 +8,13 @@ groups and new wrappers.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
+import random
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,83 @@ KINDS: dict[str, dict[str, Any]] = {
     "compressed": {"bucket_cap_mb": 0.001},
     "accumulated": {"gradient_as_bucket_view": True},
 }
-STEPS = 6
+EPOCHS = {"map": 2, "iterable": 2}  # kinds that go over a loader, and not over steps
+
+
+def steps_of(kind: str) -> int:
+    return 20 if kind in EPOCHS else 6
+
+
+class Items(torch.utils.data.Dataset[torch.Tensor]):
+    """Forty items with random draws of their worker."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.randn(16) + index / 40 + random.random()
+
+
+class Shards(torch.utils.data.IterableDataset[torch.Tensor]):
+    """This rank's and worker's share of them, shuffled through a buffer."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        info = torch.utils.data.get_worker_info()
+        assert info is not None
+        held: list[torch.Tensor] = []
+        for index in range(self.rank + 2 * info.id, 40, 2 * info.num_workers):
+            held.append(Items()[index])
+            if len(held) > 3:
+                yield held.pop(random.randrange(len(held)))
+        yield from held
+
+
+def train_epochs(run: Any, trace: Path, kind: str) -> None:
+    """Train over a loader; each rank draws for itself."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 1))
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    torch.manual_seed(rank)
+    random.seed(rank)
+    loader_class: Any = torch.utils.data.DataLoader
+    if run is not None:
+        import chainrun
+
+        loader_class = chainrun.DataLoader
+    sampler = None
+    if kind == "map":
+        sampler = torch.utils.data.DistributedSampler(Items(), seed=1)
+    data = Items() if sampler else Shards(rank)
+    loader = loader_class(data, batch_size=2, sampler=sampler, num_workers=2)
+    if run is not None:
+        run.register(model=wrapped, optimizer=optimizer, loader=loader)
+    step = 0
+    for epoch in range(EPOCHS[kind]) if run is None else run.epochs(EPOCHS[kind]):
+        if sampler:
+            sampler.set_epoch(epoch)
+        for batch in loader:
+            loss = wrapped(batch).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step = step + 1 if run is None else run.global_step + 1
+            fingerprint.trace(trace.with_suffix(f".{rank}"), step, batch, loss, model, optimizer)
+            if run is not None:
+                run.step()
+    torch.distributed.destroy_process_group()
 
 
 def train(run: Any, trace: Path, kind: str) -> None:
     """Train; `run` is chainrun's, or None in the plain program."""
+    if kind in EPOCHS:
+        train_epochs(run, trace, kind)
+        return
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
@@ -51,7 +126,7 @@ def train(run: Any, trace: Path, kind: str) -> None:
     torch.manual_seed(rank)
     if run is not None:
         run.register(model=model if kind == "bare" else wrapped, optimizer=optimizer)
-    for n in range(STEPS) if run is None else run.steps(STEPS):
+    for n in range(steps_of(kind)) if run is None else run.steps(steps_of(kind)):
         batch = torch.randn(8, 16)
         updates = kind != "accumulated" or n % 3 == 2
         with contextlib.nullcontext() if updates else wrapped.no_sync():
@@ -80,13 +155,15 @@ def chain(folder: Path, kind: str, rank: int, ranks: int, cuts: list[int]) -> No
         run = Run(folder / "run", setting=Setting(allocation=allocation, group=group, say=lambda line: None))
         try:
             train(run, folder / "trace", kind)
+            assert run.global_step == steps_of(kind)
             run._finish(None)
         except SegmentEnd:
             torch.distributed.destroy_process_group()
         finally:
             run._close()
             group.leave()
-    assert run.global_step == STEPS
+            del run, group
+            gc.collect()  # a forked loader worker that collects a closed process group crashes
 
 
 def main(rank: int, ranks: int, port: int, folder: Path, kind: str) -> None:
@@ -98,8 +175,8 @@ def main(rank: int, ranks: int, port: int, folder: Path, kind: str) -> None:
     assert "chainrun" not in sys.modules
     expected = fingerprint.read(plain / f"trace.{rank}")
     differences = []
-    every = list(range(1, STEPS))
-    for cuts in ([1], [2], [3], every):
+    every = list(range(1, steps_of(kind)))
+    for cuts in ([7], every) if kind in EPOCHS else ([1], [2], [3], every):
         there = folder / "-".join(map(str, cuts))
         there.mkdir(exist_ok=True)
         chain(there, kind, rank, ranks, cuts)
