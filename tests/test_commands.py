@@ -580,8 +580,8 @@ MISFITS = {
         r"the module 'a' is not the one that was saved: (weight|bias) is torch\.float64, in the checkpoint torch\.float32",
     ),
     "the optimizer has other groups": (
-        {"names": "ao", "rates": 2},
         {"names": "ao", "rates": 1},
+        {"names": "ao", "rates": 2},
         r"the optimizer 'o' is not the one that was saved: loaded state dict has a different number of parameter groups",
     ),
     "the loader has other workers": (

@@ -251,8 +251,10 @@ def test_gradients_added_to_used_ones_are_saved(tmp_path, mesh):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = chainrun.Run(tmp_path, setting=Setting(say=lambda line: None))
     run.register(model=model, optimizer=optimizer)
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
+    for _ in range(2):  # used ones are seen to be replaced
+        optimizer.zero_grad()
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
     assert run._tree(None)["gradients"] == {"model": {}, "optimizer": {}}
     model(torch.ones(1, 3)).sum().backward()  # on top of the first
     assert list(run._tree(None)["gradients"]["optimizer"]) == [0, 1]

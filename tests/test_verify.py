@@ -6,6 +6,7 @@ tests go through the command and its processes.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -40,6 +41,7 @@ def run_forked(run, described, interrupt_at, record, save_at, end):
             os.dup2(log, 1)
             os.dup2(log, 2)
             sys.stderr = sys.__stderr__
+            gc.freeze()  # what other tests have left alive belongs to no training
             torch.set_num_threads(1)
             torch.seed()  # as in a process of its own
             np.random.seed(None)
