@@ -44,7 +44,18 @@ def _python_state(data: bytes) -> Any:
     return version, tuple(words), gauss if has_gauss else None
 
 
+_MT19937 = struct.Struct("<B?di")  # a tag that no JSON begins with, has_gauss, gauss, pos; then the key
+_TAG = 1
+
+
 def _numpy_bytes(state: Any) -> bytes:
+    if (
+        state["bit_generator"] == "MT19937" and "gauss" in state
+    ):  # the global one's, at every batch of a worker
+        inner = state["state"]
+        head = _MT19937.pack(_TAG, state["has_gauss"], state["gauss"], inner["pos"])
+        return head + bytes(inner["key"].astype("<u4", copy=False).tobytes())
+
     def plain(value: Any) -> Any:
         if isinstance(value, np.ndarray):
             return {"dtype": value.dtype.str, "array": value.tolist()}
@@ -54,6 +65,17 @@ def _numpy_bytes(state: Any) -> bytes:
 
 
 def _numpy_state(data: bytes) -> Any:
+    if data[0] == _TAG:
+        _, has_gauss, gauss, pos = _MT19937.unpack_from(data)
+        key = np.frombuffer(data, dtype="<u4", offset=_MT19937.size).astype(np.uint32)
+        inner = {"key": key, "pos": pos}
+        return {
+            "bit_generator": "MT19937",
+            "state": inner,
+            "has_gauss": int(has_gauss),
+            "gauss": gauss,
+        }
+
     def revive(value: dict[str, Any]) -> Any:
         return np.array(value["array"], dtype=value["dtype"]) if "array" in value else value
 
