@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn, optim
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
+from chainrun.checkpoint.objects import adapt
 from chainrun.errors import RegisterError
 
 # ---- averages --------------------------------------------------------------------------------------------
@@ -213,6 +215,32 @@ def test_a_registered_copy() -> None:
             run.step(loss=loss, **marks(x, model, teacher, optimizer))
 
     cut_everywhere(train, least=STEPS)
+
+
+def test_a_copy_that_is_not_registered_is_refused() -> None:
+    """A resumed run would make it of restored weights; one made before, or gone again, is no harm."""
+
+    def training_with(kind: str) -> Any:
+        def train(run: Any, DataLoader: Any) -> Any:
+            model = small()
+            frozen = copy.deepcopy(model) if kind == "before" else None
+            run.register(model=model)
+            if kind == "gone":
+                copy.deepcopy(model)
+            if kind == "after":
+                frozen = copy.deepcopy(nn.ModuleList([model]))
+            for _ in run.steps(STEPS):
+                run.step(loss=(frozen or model)(torch.randn(4, 3)).mean() if kind != "after" else 0)
+
+        return train
+
+    for kind in ("before", "gone"):
+        cut_everywhere(training_with(kind), least=STEPS)
+    with pytest.raises(RegisterError, match="'model' was copied after it was registered"):
+        cut(training_with("after"))
+    model = small()
+    adapt("model", model)
+    assert vars(pickle.loads(pickle.dumps(model)))["_chainrun_mark"] is None
 
 
 # ---- kinds of tensors ------------------------------------------------------------------------------------

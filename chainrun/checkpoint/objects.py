@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,11 +36,28 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
             return module
 
 
+class _Mark:
+    """Lies in a registered module and notes copies: one that is not registered would be of restored weights."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.copies: weakref.WeakSet[_Mark] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Mark:
+        copy = _Mark(self.name)
+        self.copies.add(copy)
+        return copy
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a pickled module does not need chainrun
+
+
 class _Module:
     """A module; wrappers do not show in the names, so that a checkpoint fits with and without them."""
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name, self._module = name, unwrap(module)
+        vars(self._module)["_chainrun_mark"] = _Mark(name)
         sharded.note(self._module)
         self._built = self._settings()
         self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
@@ -51,6 +70,18 @@ class _Module:
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         sharded.put_away(self._module)
         return self._module.named_parameters()
+
+    def copies(self) -> list[_Mark]:
+        """Return the marks of the copies that are alive."""
+        alive = vars(self._module)["_chainrun_mark"].copies
+        if alive:
+            gc.collect()  # one that holds itself lives on for a while
+        return list(alive)
+
+    def marks(self) -> Iterator[Any]:
+        """Yield the marks in it."""
+        for module in self._module.modules():
+            yield vars(module).get("_chainrun_mark")
 
     def _settings(self) -> dict[str, bool | int | float]:
         """Return the numbers and flags that state_dict() leaves out: training, requires_grad, p of a dropout."""
@@ -388,8 +419,8 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
     """Yield what the registered optimizers show to be missing.
 
     Raises:
-        RegisterError: parameters that an optimizer trains belong to no registered object, or the ranks do not
-            all pass the same boundaries.
+        RegisterError: parameters that an optimizer trains belong to no registered object, a copy of a registered
+            module does not, or the ranks do not all pass the same boundaries.
     """
     if any(getattr(getattr(thing, "_join_config", None), "enable", False) for thing in originals):
         raise RegisterError(
@@ -397,24 +428,29 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
             "that the ranks cannot stop together. Give all ranks equally many batches (DistributedSampler does, "
             "drop_last=True for a batch sampler), without join()"
         )
-    held = {
-        id(parameter)
-        for thing in things.values()
-        if isinstance(thing, _Module)
-        for parameter in thing.parameters
-    }
+    modules = [thing for thing in things.values() if isinstance(thing, _Module)]
+    registered = {id(mark) for thing in modules for mark in thing.marks()}
+    for thing in modules:
+        for copy in thing.copies():
+            if id(copy) not in registered:
+                raise RegisterError(
+                    f"the module '{copy.name}' was copied after it was registered, and the copy is not registered: a "
+                    "resumed run would copy the restored weights instead. Copy it before run.register(...), or "
+                    "register the copy too"
+                )
+    held = {id(parameter) for thing in modules for parameter in thing.parameters}
     others = any(isinstance(t, _Other) and not _of_torch(t.thing) for t in things.values())
-    for name, thing in things.items():
-        if not isinstance(thing, _Optimizer):
+    for name, optimizer in things.items():
+        if not isinstance(optimizer, _Optimizer):
             continue
-        free = [parameter for parameter in thing.parameters if id(parameter) not in held]
+        free = [parameter for parameter in optimizer.parameters if id(parameter) not in held]
         if free and not others:
             raise RegisterError(
                 f"the optimizer '{name}' trains {len(free)} parameters, the first of shape {tuple(free[0].shape)}, "
                 "that no registered object holds; a resumed run would lose what they have learned. Register the "
                 "module they belong to (loose ones: torch.nn.ParameterList([...]))"
             )
-        if thing.is_scheduled and not any(map(thing.drives, originals)):
+        if optimizer.is_scheduled and not any(map(optimizer.drives, originals)):
             yield (
                 f"a learning-rate scheduler drives the optimizer '{name}' and is not registered; unless it is "
                 "set anew in every step, a resumed run will have other learning rates"
