@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 import time
@@ -144,7 +143,7 @@ def average_of_weights(run):
 
 def teacher(run):
     model, optimizer, _, loader = begin(run)
-    slow = copy.deepcopy(model).requires_grad_(False)
+    slow = parts.model().requires_grad_(False)
     for _ in run.epochs(3):
         for batch in loader:
             loss = update(model, optimizer, batch, 1 + slow(batch).mean().item())
