@@ -34,11 +34,11 @@ def from_plain(state: list[Any]) -> State:
 
 
 def place_to_plain(place: Place) -> list[Any]:
-    return [pickle.loads(place.state) if place.state else None, place.over]
+    return [pickle.loads(place.state) if place.state else None, place.over, place.given]
 
 
 def place_from_plain(place: list[Any]) -> Place:
-    return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", place[1])
+    return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", *place[1:])
 
 
 class OnePass:
@@ -151,6 +151,9 @@ class OnePass:
         differs += [
             f"the stream '{name}'" for name in {**now, **reached} if now.get(name) != reached.get(name)
         ]
+        assert chain.turns is not None and chain.saved is not None
+        if not chain.loader.num_workers and chain.turns.place != place_from_plain(chain.saved["place"]):
+            differs.append("its items")
         if differs:
             raise RestoreError(
                 f"the iterable data set of the loader '{chain.name}' did not repeat the batches that it had given "
