@@ -52,12 +52,12 @@ class _Module:
         sharded.put_away(self._module)
         return self._module.named_parameters()
 
-    def _settings(self) -> dict[str, bool | int | float]:
-        """Return the numbers and flags that state_dict() leaves out: training, requires_grad, p of a dropout."""
-        found: dict[str, bool | int | float] = {}
+    def _settings(self) -> dict[str, bool | int | float | str | None]:
+        """Return the plain values that state_dict() leaves out: training, requires_grad, a momentum, a mode."""
+        found: dict[str, bool | int | float | str | None] = {}
         for path, module in self._module.named_modules(remove_duplicate=False):
             for name, value in vars(module).items():
-                if type(value) in (bool, int, float):
+                if type(value) in (bool, int, float, str, type(None)):
                     found[f"{path}.{name}"] = value
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -223,6 +223,13 @@ class _Optimizer:
                 found[place] = grad.detach()
         return found
 
+    def note_used(self, unused: dict[int, torch.Tensor]) -> None:
+        """Note of restored gradients that another optimizer is still to use that this one has used them."""
+        for place, parameter in enumerate(self.parameters):
+            if parameter.grad is not None and place not in unused:
+                vars(parameter.grad).setdefault("_used_by", {})[self._name] = _grad_version(parameter.grad)
+                self._renewed[id(parameter)] = True
+
     def state_dict(self) -> Any:
         return self._optimizer.state_dict()
 
@@ -347,6 +354,9 @@ def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch
         parameters = thing.parameters
         for place, grad in saved[name].items():
             parameters[place].grad = grad.to(parameters[place].device, copy=True)
+    for name, thing in owners.items():
+        if isinstance(thing, _Optimizer):
+            thing.note_used(saved[name])
 
 
 def extras(things: dict[str, Stateful]) -> dict[str, Any]:
