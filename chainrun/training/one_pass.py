@@ -59,6 +59,7 @@ class OnePass:
         self.running = True
         self.resumed = False
         self.superseded = False
+        self._failed = False
 
     def start(self) -> None:
         """Begin at the first batch."""
@@ -186,6 +187,12 @@ class OnePass:
                 f"two passes over the loader '{chain.name}' are used at the same time; a resume could not tell "
                 "them apart: build and register a second loader for the second loop"
             )
+        if self._failed:
+            raise RegisterError(
+                f"the function goes on with the loader '{chain.name}' after an error in one of its batches; what its "
+                "data was left in by that error is not known to a resume. Catch the error inside the data set, and "
+                "return another item or None; or leave the loop"
+            )
         chain.on_head(self._mark)
         see, self.see = self.see, None
         try:
@@ -226,7 +233,12 @@ class OnePass:
                 "Give it num_workers=1, a generator of its own, or state_dict and load_state_dict",
             )
             before = chain.streams()
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except Exception as error:
+            if not isinstance(error, StopIteration):
+                self._fail()
+            raise
         if chain.loader.num_workers and not chain.counter:
             batch, worker, state, ended = batch
             self._seen.add(worker)
@@ -240,6 +252,13 @@ class OnePass:
             alone.check(before)
         self.handed_out += 1
         return batch
+
+    def _fail(self) -> None:
+        """A batch could not be made; the function may catch that and go on with the next one."""
+        if self.chain.turns or (self.chain.loader.num_workers and not self.chain.counter):
+            self._failed = True  # the worker's random state, or the place in the data, did not come along
+        else:
+            self.handed_out += 1  # its indices are used
 
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""
