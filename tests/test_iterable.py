@@ -388,6 +388,65 @@ def test_data_that_does_not_repeat_itself_is_refused_at_resume() -> None:
         cut([quiet, training(lambda: Different(quiet=False))], (2,))
 
 
+class InPlace(data.IterableDataset):
+    """Shuffles its list in place: every epoch begins with the order of the last one."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.RandomState(3)
+        self.files = [f"file {n}" for n in range(8)]
+
+    def __iter__(self) -> Any:
+        self.generator.shuffle(self.files)
+        for file in self.files:
+            yield torch.full((4,), float(file.split()[1])).double()
+
+
+class Inner(data.IterableDataset):
+    """Counts its passes in an object inside."""
+
+    def __init__(self) -> None:
+        self.source = data.ChainDataset([Buffered(4, quiet=True), Buffered(5, quiet=True)])
+
+    def __iter__(self) -> Any:
+        yield from self.source
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["process", "worker"]
+)
+@pytest.mark.parametrize("dataset", [InPlace, Inner])
+def test_data_that_repeats_its_draws_and_not_its_items_is_refused_at_resume(
+    dataset: Any, options: Any
+) -> None:
+    """What lives over the epochs without being saved shows in the items, where the random streams agree."""
+    train = training(dataset, **options)
+    assert plain(train).difference(cut(train, (2,))) is None
+    with pytest.raises(RestoreError, match="did not repeat the batches"):
+        cut(train, (5,))
+
+
+def test_paths_and_objects_are_not_taken_for_items_that_changed() -> None:
+    """A path of the job's own scratch folder, or an object, does not refuse a resume of the same data."""
+    jobs = iter(range(10))
+
+    class Files(data.IterableDataset):
+        def __init__(self) -> None:
+            self.folder = f"/scratch/{next(jobs)}"
+
+        def __iter__(self) -> Any:
+            for n in range(8):
+                yield {
+                    "path": f"{self.folder}/{n}",
+                    "made": [object()],
+                    "x": torch.full((4,), float(n)).double(),
+                }
+
+    def xs(items: list[Any]) -> torch.Tensor:
+        return torch.stack([item["x"] for item in items])
+
+    cut_everywhere(training(Files, epochs=1, collate_fn=xs))
+
+
 def test_data_that_takes_turns_with_the_training_is_refused_at_once() -> None:
     """Read in the training process without state, from a stream that the training draws from."""
     with pytest.raises(RegisterError, match="iterable data set of the loader 'loader' draws from the stream"):

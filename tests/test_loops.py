@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -843,3 +844,62 @@ def test_draws_after_an_iterator_is_made() -> None:
     reference = plain(train)
     for cuts in [*((at,) for at in range(1, 12)), range(1, 12)]:
         assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+
+
+def saving_after_epochs(run: Any, DataLoader: Any) -> str:
+    model, optimizer = parts()
+    loader = DataLoader(items(), batch_size=2, shuffle=True)
+    run.register(model=model, optimizer=optimizer, loader=loader)
+    run.state["validated"] = 0.0
+    for _ in run.epochs(3):
+        for x in loader:
+            run.step(loss=learn(model, optimizer, x), **marks(x, model))
+        run.state["validated"] += float(torch.rand(()))
+        run.save()
+        run.state["validated"] *= 2
+        run.log(validated=run.state["validated"])
+    return digest(model.state_dict(), run.state)
+
+
+def saving_between_loops(run: Any, DataLoader: Any) -> str:
+    model, optimizer = parts()
+    loader = DataLoader(items(), batch_size=2, shuffle=True)
+    run.register(model=model, optimizer=optimizer, loader=loader)
+    for x in loader:
+        run.step(loss=learn(model, optimizer, x), **marks(x, model))
+    run.state["drawn"] = float(torch.rand(()))
+    run.save()
+    run.state["drawn"] += 1
+    for _ in run.steps(4):
+        run.step(
+            loss=learn(model, optimizer, torch.rand(2, 3)), drawn=run.state["drawn"], **marks(None, model)
+        )
+    return digest(model.state_dict(), run.state)
+
+
+def saving_in_a_loop_of_its_own(run: Any, DataLoader: Any) -> str:
+    model, optimizer = parts()
+    run.register(model=model, optimizer=optimizer)
+    run.state["turns"] = 0
+    for index in range(8):
+        run.step(loss=learn(model, optimizer, torch.rand(2, 3)), **marks(None, model))
+        run.state["turns"] += 1
+        if index == 2:
+            run.save()
+        run.log(turns=run.state["turns"])
+    return digest(model.state_dict(), run.state)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [saving_after_epochs, saving_between_loops, saving_in_a_loop_of_its_own],
+    ids=lambda f: f.__name__,
+)
+def test_a_checkpoint_asked_for_anywhere_can_be_gone_on_from(train: Any, tmp_path: Path) -> None:
+    """save() at an epoch's end, between loops or after a step: a run killed later goes on from it exactly."""
+    with Segment(tmp_path, (5,)) as run, pytest.raises(SegmentEnd):
+        train(run, chainrun.DataLoader)
+    saved, newest = sorted((tmp_path / "checkpoints").iterdir())
+    assert saved.name < newest.name
+    shutil.rmtree(newest)  # as if the job had been killed at that step
+    assert plain(train).difference(cut(train, dir=tmp_path)) is None

@@ -329,3 +329,32 @@ def test_tensors_that_a_checkpoint_cannot_hold(kind: str) -> None:
         warnings.filterwarnings("ignore", message=".*(nested|Nested).*")
         with pytest.raises(RegisterError, match=r"run\.state\.odd\[0\] is a tensor that torch cannot save"):
             cut(train, (1,))
+
+
+def test_settings_that_are_no_numbers() -> None:
+    """A momentum of None, and a mode in a string, set inside a loop, are what they were after a cut."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mode = "plain"
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2 if self.mode == "double" else x
+
+    def train(run: Any, DataLoader: Any) -> str:
+        norms = [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, momentum=None)]
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3), *norms, Scaled(), torch.nn.Linear(3, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.register(model=model, optimizer=optimizer)
+        for step in run.steps(8):
+            if step == 3:
+                norms[0].momentum, norms[1].momentum, model[3].mode = None, 0.1, "double"
+            loss = model(torch.randn(4, 3)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss, **marks(None, model, optimizer))
+        return digest(model.state_dict())
+
+    sweep(train, 8, quick=True)

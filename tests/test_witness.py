@@ -324,3 +324,24 @@ def test_a_data_set_that_fails_behind_the_cut_does_not_hold_the_segment_up(tmp_p
     assert "no witness of the next batch: " in log
     (event,) = [event for event in found if event["event"] == "witness"]
     assert (event["identical"], event["compared"]) == (True, ["state", "random streams"])
+
+
+def test_a_gradient_that_one_of_two_optimizers_has_used_is_no_difference() -> None:
+    """A restored gradient is known to be used by whom it was used."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        model = torch.nn.Linear(3, 1)
+        often, seldom = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=m) for m in (0.0, 0.9))
+        run.register(model=model, often=often, seldom=seldom)
+        for n in run.steps(12):
+            model(torch.randn(4, 3)).square().mean().backward()
+            if n % 2:
+                often.step()
+            if n % 3 == 2:
+                seldom.step()
+                seldom.zero_grad()
+            run.step(**marks(None, model))
+
+    trained = cut(train, (4,))
+    assert plain(train).difference(trained) is None
+    assert trained.said == ["witnessed at step 4: state and random streams identical"]

@@ -36,6 +36,9 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
             return module
 
 
+_MARK = "_chainrun_mark"  # the attribute of a registered module
+
+
 class _Mark:
     """Lies in a registered module and notes copies: one that is not registered would be of restored weights."""
 
@@ -57,7 +60,7 @@ class _Module:
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
         self._name, self._module = name, unwrap(module)
-        vars(self._module)["_chainrun_mark"] = _Mark(name)
+        vars(self._module)[_MARK] = _Mark(name)
         sharded.note(self._module)
         self._built = self._settings()
         self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
@@ -73,7 +76,7 @@ class _Module:
 
     def copies(self) -> list[_Mark]:
         """Return the marks of the copies that are alive."""
-        alive = vars(self._module)["_chainrun_mark"].copies
+        alive = vars(self._module)[_MARK].copies
         if alive:
             gc.collect()  # one that holds itself lives on for a while
         return list(alive)
@@ -81,14 +84,14 @@ class _Module:
     def marks(self) -> Iterator[Any]:
         """Yield the marks in it."""
         for module in self._module.modules():
-            yield vars(module).get("_chainrun_mark")
+            yield vars(module).get(_MARK)
 
-    def _settings(self) -> dict[str, bool | int | float]:
-        """Return the numbers and flags that state_dict() leaves out: training, requires_grad, p of a dropout."""
-        found: dict[str, bool | int | float] = {}
+    def _settings(self) -> dict[str, bool | int | float | str | None]:
+        """Return the plain values that state_dict() leaves out: training, requires_grad, a momentum, a mode."""
+        found: dict[str, bool | int | float | str | None] = {}
         for path, module in self._module.named_modules(remove_duplicate=False):
             for name, value in vars(module).items():
-                if type(value) in (bool, int, float):
+                if type(value) in (bool, int, float, str, type(None)) and name != _MARK:
                     found[f"{path}.{name}"] = value
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -254,6 +257,13 @@ class _Optimizer:
                 found[place] = grad.detach()
         return found
 
+    def note_used(self, unused: dict[int, torch.Tensor]) -> None:
+        """Note of restored gradients that another optimizer is still to use that this one has used them."""
+        for place, parameter in enumerate(self.parameters):
+            if parameter.grad is not None and place not in unused:
+                vars(parameter.grad).setdefault("_used_by", {})[self._name] = _grad_version(parameter.grad)
+                self._renewed[id(parameter)] = True
+
     def state_dict(self) -> Any:
         return self._optimizer.state_dict()
 
@@ -378,6 +388,9 @@ def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch
         parameters = thing.parameters
         for place, grad in saved[name].items():
             parameters[place].grad = grad.to(parameters[place].device, copy=True)
+    for name, thing in owners.items():
+        if isinstance(thing, _Optimizer):
+            thing.note_used(saved[name])
 
 
 def extras(things: dict[str, Stateful]) -> dict[str, Any]:

@@ -10,11 +10,15 @@ StatefulDataLoader: ``load_state_dict``, then ``iter``). Others make the batches
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+import xxhash
 from torch.utils.data import Dataset
 
 from chainrun.errors import RestoreError
@@ -51,6 +55,7 @@ class Place(NamedTuple):
 
     state: bytes  # pickled states of data set and iterator after the last batch; empty where they have none
     over: bool  # nothing comes any more in this pass
+    given: str = ""  # fingerprint of what was given in this pass, where there is no state
 
 
 def carriers(dataset: Any, found: list[carried.Carrier]) -> list[carried.Carrier]:
@@ -71,6 +76,7 @@ class Turns(Dataset[Any]):
         self._begun = False  # for the pass whose first turn is still to come
         self._over = self._said = False
         self._last = b""
+        self._given = ""
         self._attributes: carried.Attributes | None = None
 
     def note_attributes(self) -> None:
@@ -84,13 +90,14 @@ class Turns(Dataset[Any]):
 
     @property
     def place(self) -> Place:
-        return Place(self._last, self._over)
+        return Place(self._last, self._over, self._given)
 
     def begin(self) -> None:
         """Begin a pass, as torch's fetcher does when it is made."""
         self._iterator = iter(self.dataset)
         self._begun, self._over, self._said = True, False, False
         self._last = self._state()
+        self._given = ""
 
     def recall(self, place: Place, *, inside: bool) -> None:
         """Go to a place of an earlier process; random state is left to the caller.
@@ -152,6 +159,10 @@ class Turns(Dataset[Any]):
             return End(first)
         if not self._over:
             self._last = self._state()
+        if not self._last:
+            digest = xxhash.xxh3_64(self._given.encode())
+            _feed(digest, items)
+            self._given = digest.hexdigest()
         return Repeated(items) if turn.repeated else items
 
     def _take(self) -> Any:
@@ -163,3 +174,22 @@ class Turns(Dataset[Any]):
             items.append(item)
         self._over = len(items) < self._batch_size
         return _NOTHING if not items or (self._over and self._drop_last) else items
+
+
+def _feed(digest: Any, items: Any) -> None:
+    """Add what is sure to be the same where the data repeats itself: not objects, nor paths of a job's own."""
+    if isinstance(items, dict):
+        _feed(digest, list(items.values()))
+    elif isinstance(items, (list, tuple)):
+        for item in items:
+            _feed(digest, item)
+    elif isinstance(items, bytes):
+        digest.update(items)
+    elif isinstance(items, str):
+        digest.update(b"" if os.sep in items else items.encode(errors="surrogatepass"))
+    elif (
+        isinstance(items, (bool, int, float, complex, np.number))
+        or (isinstance(items, np.ndarray) and not items.dtype.hasobject)
+        or (type(items) is torch.Tensor and items.layout is torch.strided and not items.is_nested)
+    ):
+        digest.update(fingerprint(items).encode())

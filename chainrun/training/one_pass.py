@@ -34,11 +34,11 @@ def from_plain(state: list[Any]) -> State:
 
 
 def place_to_plain(place: Place) -> list[Any]:
-    return [pickle.loads(place.state) if place.state else None, place.over]
+    return [pickle.loads(place.state) if place.state else None, place.over, place.given]
 
 
 def place_from_plain(place: list[Any]) -> Place:
-    return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", place[1])
+    return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", *place[1:])
 
 
 class OnePass:
@@ -59,6 +59,7 @@ class OnePass:
         self.running = True
         self.resumed = False
         self.superseded = False
+        self._failed = False
 
     def start(self) -> None:
         """Begin at the first batch."""
@@ -151,6 +152,9 @@ class OnePass:
         differs += [
             f"the stream '{name}'" for name in {**now, **reached} if now.get(name) != reached.get(name)
         ]
+        assert chain.turns is not None and chain.saved is not None
+        if not chain.loader.num_workers and chain.turns.place != place_from_plain(chain.saved["place"]):
+            differs.append("its items")
         if differs:
             raise RestoreError(
                 f"the iterable data set of the loader '{chain.name}' did not repeat the batches that it had given "
@@ -182,6 +186,12 @@ class OnePass:
             raise RegisterError(
                 f"two passes over the loader '{chain.name}' are used at the same time; a resume could not tell "
                 "them apart: build and register a second loader for the second loop"
+            )
+        if self._failed:
+            raise RegisterError(
+                f"the function goes on with the loader '{chain.name}' after an error in one of its batches; what its "
+                "data was left in by that error is not known to a resume. Catch the error inside the data set, and "
+                "return another item or None; or leave the loop"
             )
         chain.on_head(self._mark)
         see, self.see = self.see, None
@@ -223,7 +233,12 @@ class OnePass:
                 "Give it num_workers=1, a generator of its own, or state_dict and load_state_dict",
             )
             before = chain.streams()
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except Exception as error:
+            if not isinstance(error, StopIteration):
+                self._fail()
+            raise
         if chain.loader.num_workers and not chain.counter:
             batch, worker, state, ended = batch
             self._seen.add(worker)
@@ -237,6 +252,13 @@ class OnePass:
             alone.check(before)
         self.handed_out += 1
         return batch
+
+    def _fail(self) -> None:
+        """A batch could not be made; the function may catch that and go on with the next one."""
+        if self.chain.turns or (self.chain.loader.num_workers and not self.chain.counter):
+            self._failed = True  # the worker's random state, or the place in the data, did not come along
+        else:
+            self.handed_out += 1  # its indices are used
 
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""

@@ -332,18 +332,19 @@ class Run:
         self.global_step += 1
         if metrics:
             self._metrics.add(self.global_step, metrics)
-        if self._watch.pending or self.global_step >= self._next:
+        if self._watch.pending or self._due is not None or self.global_step >= self._next:
             self._consider()
 
     def poll(self) -> None:
         """A boundary that counts no step, for long evaluation loops."""
-        if self._position.boundary() and self._watch.pending:
+        if self._position.boundary() and (self._watch.pending or self._due is not None):
             self._consider()
 
     def save(self) -> None:
-        """Take a checkpoint at this boundary; all ranks call it."""
+        """Take a checkpoint where the loop goes on, or at the next boundary; all ranks call it."""
         if not self._position.walking and self._due is None:
-            self._wish(Wish("save", "requested"))
+            # not here: a resumed function comes to loops and boundaries, and could not tell this place from them
+            self._due = Wish("save", "requested")
 
     def log(self, **metrics: Any) -> None:
         """Log metrics at the present step."""
