@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from chain import PlainRun, cut, digest, plain, random_state, seed
+from test_loader import Noisy
 
 from chainrun.errors import RegisterError
 
@@ -17,17 +18,6 @@ PROGRAMS = 30
 CUTS = 3  # chains a program
 
 Block = list[tuple[Any, ...]]
-
-
-class Noisy(torch.utils.data.Dataset):
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.tensor([index, random.random(), np.random.rand(), torch.rand(()).item()]).double()
 
 
 class Maker:

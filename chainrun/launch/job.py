@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from chainrun.allocation import Allocation
 from chainrun.errors import EXIT_FAILED, EXIT_STOPPED
 from chainrun.launch import slurm
 from chainrun.rundir import RunDir
-from chainrun.training.stop import Signals
+from chainrun.training.stop import Signals, kill
 
 LOCAL = "CHAINRUN_LOCAL"  # what `chainrun run` tells its segments: JSON with segment, end, interrupt_at
 
@@ -65,13 +64,9 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
 
 
 def _end_workers() -> None:
-    """End loader workers that hang: they ignore the signal that multiprocessing ends them with when it exits."""
+    """End loader workers that hang: multiprocessing would wait for them for ever when it exits."""
     processes = sys.modules.get("multiprocessing")
-    workers = [child for child in processes.active_children() if child.daemon] if processes else []
-    if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
-        for worker in workers:
-            worker.kill()
+    kill([child for child in processes.active_children() if child.daemon] if processes else [])
 
 
 def _local_allocation() -> Allocation:

@@ -24,7 +24,7 @@ Carrier: TypeAlias = Any  # a generator, or an object with state_dict and load_s
 
 _LEAVES = (int, float, complex, str, bytes, type(None), type, torch.Tensor, np.ndarray)
 _DEPTH, _WIDTH = 6, 64  # how deep attributes are followed; longer containers hold data, not generators
-_FOREIGN = {
+FOREIGN = {
     *sys.stdlib_module_names,
     "torch",
     "numpy",
@@ -85,7 +85,7 @@ def _children(value: Any) -> Iterator[Any]:
 
 
 def _is_users(thing: Any) -> bool:
-    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] not in _FOREIGN
+    return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] not in FOREIGN
 
 
 def _slots(kind: type) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def _children_of_function(function: types.FunctionType) -> Iterator[Any]:
     names = _names(function.__code__)
     for name in names:
         value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in _FOREIGN:
+        if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in FOREIGN:
             values = [vars(value).get(inner) for inner in names]
         else:
             values = [value]

@@ -37,6 +37,8 @@ from chainrun.training.one_pass import (
     place_from_plain,
     place_to_plain,
     to_plain,
+    workers_from_plain,
+    workers_to_plain,
 )
 from chainrun.training.position import Pass as Mark
 from chainrun.training.position import Position
@@ -192,7 +194,7 @@ class Chain:
             self._pass.drain()
         return {
             "carried": carried.to_plain(carried.get(self._carriers())),
-            "workers": {worker: to_plain(pickle.loads(data)) for worker, data in self.workers.items()},
+            "workers": workers_to_plain(self.workers),
             "birth": self.birth and to_plain(self.birth),
             "place": self.turns and place_to_plain(self.turns.place),
             "passes": self.passes,
@@ -210,8 +212,7 @@ class Chain:
 
     def recall(self, saved: dict[str, Any]) -> None:
         """Take the workers' states from a snapshot."""
-        workers = saved["workers"].items()
-        self.workers = {worker: pickle.dumps(from_plain(state), protocol=5) for worker, state in workers}
+        self.workers = workers_from_plain(saved["workers"])
         self.birth = saved["birth"] and from_plain(saved["birth"])
 
     def note_early(self, *, ended: bool) -> None:

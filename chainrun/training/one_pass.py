@@ -41,6 +41,14 @@ def place_from_plain(place: list[Any]) -> Place:
     return Place(pickle.dumps(place[0], protocol=5) if place[0] is not None else b"", *place[1:])
 
 
+def workers_to_plain(workers: dict[int, bytes]) -> dict[int, Any]:
+    return {worker: to_plain(pickle.loads(state)) for worker, state in workers.items()}
+
+
+def workers_from_plain(workers: dict[int, Any]) -> dict[int, bytes]:
+    return {worker: pickle.dumps(from_plain(state), protocol=5) for worker, state in workers.items()}
+
+
 class OnePass:
     """One pass over the batches of a registered loader."""
 
@@ -103,10 +111,7 @@ class OnePass:
         if chain.birth is not None and not self._bore:
             chain.set_parent_state(chain.birth)
             before_second = lambda: chain.set_parent_state(began)  # noqa: E731
-        self._workers_began = {
-            worker: pickle.dumps(from_plain(state), protocol=5)
-            for worker, state in saved["workers began"].items()
-        }
+        self._workers_began = workers_from_plain(saved["workers began"])
         if repeats:
             self._repeat(again, before_second, saved["reached"])
         else:
@@ -142,11 +147,11 @@ class OnePass:
         say = f"the loader '{chain.name}' goes through the batches of this epoch again"
         for _ in tqdm(range(count), desc=say, unit="batch", delay=2, disable=not sys.stderr.isatty()):
             self._take()
+        then, now_made = workers_to_plain(expected), workers_to_plain(chain.workers)
         differs = [
             f"worker {worker}"
             for worker in sorted(self._seen)
-            if fingerprint(to_plain(pickle.loads(chain.workers[worker])))
-            != fingerprint(to_plain(pickle.loads(expected[worker])))
+            if fingerprint(now_made[worker]) != fingerprint(then[worker])
         ]
         now = self._alone.reached() if self._alone else {}
         differs += [
@@ -169,7 +174,7 @@ class OnePass:
             "bore": self._bore,
             "first": stream.first and to_plain(stream.first),
             "seen": sorted(self._seen),
-            "workers began": {w: to_plain(pickle.loads(data)) for w, data in self._workers_began.items()},
+            "workers began": workers_to_plain(self._workers_began),
             "reached": self._alone.reached() if self._alone else {},
             "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
         }
@@ -235,9 +240,10 @@ class OnePass:
             before = chain.streams()
         try:
             batch = next(self._batches)
-        except Exception as error:
-            if not isinstance(error, StopIteration):
-                self._fail()
+        except StopIteration:
+            raise
+        except Exception:
+            self._fail()
             raise
         if chain.loader.num_workers and not chain.counter:
             batch, worker, state, ended = batch

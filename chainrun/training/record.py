@@ -84,20 +84,26 @@ def _attributes(thing: Any) -> dict[str, Any] | None:
 
 def entries(tree: Any, path: str = "") -> dict[str, str]:
     """Return the mark of each leaf of a state_dict by its path, ``0.weight`` or ``state.0.exp_avg``."""
+    found: dict[str, str] = {}
+    for place, leaf in leaves(tree, path):
+        try:
+            found[place] = variables.mark(leaf)
+        except variables.NoMark:
+            found[place] = fingerprint(leaf)
+    return found
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of a state_dict by their paths; a list of plain values is one."""
     items: Any = ()
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, (list, tuple)) and any(isinstance(v, (dict, torch.Tensor)) for v in tree):
         items = enumerate(tree)
-    found: dict[str, str] = {}
+    if not items:
+        yield path, tree
     for key, value in items:
-        found |= entries(value, f"{path}.{key}" if path else str(key))
-    if not found:
-        try:
-            found[path] = variables.mark(tree)
-        except variables.NoMark:
-            found[path] = fingerprint(tree)
-    return found
+        yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
 def _joined(batches: list[dict[str, str]]) -> dict[str, str]:

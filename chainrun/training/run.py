@@ -446,17 +446,23 @@ class Run:
         if self.on_place is not None:
             self.on_place()
         return {
-            "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
-            "extras": objects.extras(self._objects),
-            "gradients": objects.gradients(self._objects),
+            **self._registered_state(),
             "loaders": {name: chain.state_dict() for name, chain in self._loaders.items()},
-            "state": self.state,
             "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
             "ranges": self._ranges,
             "global_step": self.global_step,
             "epoch": self.epoch,
             "metrics": self._saving.settle_metrics(),
+        }
+
+    def _registered_state(self) -> dict[str, Any]:
+        """What is registered, besides loaders, and the user's own values."""
+        return {
+            "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
+            "extras": objects.extras(self._objects),
+            "gradients": objects.gradients(self._objects),
+            "state": self.state,
         }
 
     def _leave_witness(self, wish: Wish, tree: dict[str, Any], owner: str | None) -> None:
@@ -479,13 +485,7 @@ class Run:
         step = self.global_step
         try:
             # on every rank, whatever each finds: a state_dict() may need the others
-            tree = {
-                "rng": rng.to_tensors(rng.capture()),
-                "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
-                "extras": objects.extras(self._objects),
-                "gradients": objects.gradients(self._objects),
-                "state": self.state,
-            }
+            tree = {"rng": rng.to_tensors(rng.capture()), **self._registered_state()}
             testimony = witness.read(self.restored_from.path, self.rank)
             if not testimony:
                 self._setting.say(f"no witness at step {step}: the segment before could not leave one")

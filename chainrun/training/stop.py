@@ -45,6 +45,20 @@ class Signals:
             self.warned = True
 
 
+def kill(workers: list[Any]) -> None:
+    """End loader workers that may hang: they ignore the signal with which torch and multiprocessing end them."""
+    if not workers or threading.current_thread() is not threading.main_thread():
+        return
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a killed worker
+    try:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join()
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is to happen at a boundary, and why."""

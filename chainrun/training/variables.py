@@ -25,6 +25,7 @@ import torch
 import xxhash
 
 from chainrun.training import rng
+from chainrun.training.carried import FOREIGN
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -32,7 +33,6 @@ _LISTS = (list, tuple, collections.deque)
 _SETS = (set, frozenset)
 _RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _STATEFUL = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
-_FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "chainrun"}
 _DEPTH, _WIDTH = 5, 64  # how deep attributes are followed; longer containers of objects hold data
 _ITEMS, _BYTES = 100_000, 1 << 26  # what is larger is data, not a value that is carried along
 _OWN = {*vars(torch.nn.Module())}  # what torch keeps in a module
@@ -118,7 +118,7 @@ def users_frames(frame: types.FrameType | None) -> list[types.FrameType]:
     """Return the frames of the user's code, from `frame` outwards to the call of the training function."""
     found = []
     while frame is not None and frame.f_globals.get("__name__") != "chainrun.segment":
-        if _top(frame.f_globals.get("__name__")) not in _FOREIGN:
+        if _top(frame.f_globals.get("__name__")) not in FOREIGN:
             found.append(frame)
         frame = frame.f_back
     return found
@@ -144,7 +144,7 @@ def users_modules(frames: list[types.FrameType]) -> list[types.ModuleType]:
 
 def _is_users(module: types.ModuleType) -> bool:
     file = vars(module).get("__file__")
-    if not isinstance(file, str) or _top(vars(module).get("__name__")) in _FOREIGN:
+    if not isinstance(file, str) or _top(vars(module).get("__name__")) in FOREIGN:
         return False
     installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
     return not installed and not file.startswith(sysconfig.get_paths()["stdlib"] + os.sep)
@@ -286,7 +286,7 @@ class Held:
             yield from ((f".{n}", v) for n, v in list(own["_modules"].items()))
         elif (
             kind in _RECORDS
-            or _top(kind.__module__) not in _FOREIGN
+            or _top(kind.__module__) not in FOREIGN
             or issubclass(kind, (torch.utils.data.Dataset, torch.utils.data.DataLoader))
         ):
             own = object.__getattribute__(value, "__dict__")

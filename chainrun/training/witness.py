@@ -14,10 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,7 +26,8 @@ from chainrun import journal
 from chainrun.checkpoint import state
 from chainrun.checkpoint.store import seal, witness_file
 from chainrun.rundir import RunDir, read_json
-from chainrun.training.record import fingerprint
+from chainrun.training.record import fingerprint, leaves
+from chainrun.training.stop import kill
 
 if TYPE_CHECKING:
     from chainrun.training.data import Chain
@@ -78,19 +78,8 @@ def state_in(tree: dict[str, Any], generators: list[str]) -> dict[str, str]:
 
 
 def _of_object(name: str, content: Any) -> dict[str, str]:
-    leaves = {path: fingerprint(leaf) for path, leaf in _leaves(name, content)}
-    return leaves if len(leaves) <= ENTRIES else {name: fingerprint(sorted(leaves.items()))}
-
-
-def _leaves(path: str, tree: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, dict) and tree:
-        for key, value in tree.items():
-            yield from _leaves(f"{path}.{key}", value)
-    elif isinstance(tree, (list, tuple)) and any(isinstance(value, (dict, torch.Tensor)) for value in tree):
-        for index, value in enumerate(tree):
-            yield from _leaves(f"{path}.{index}", value)
-    else:
-        yield path, tree
+    found = {path: fingerprint(leaf) for path, leaf in leaves(content, name)}
+    return found if len(found) <= ENTRIES else {name: fingerprint(sorted(found.items()))}
 
 
 def _of_batch(loader: str, batch: Any) -> Testimony:
@@ -161,7 +150,7 @@ def give(
         missing.append(f"no witness of the {' and '.join(late)}: {seconds:.1f} s were not enough")
     told = dict(testimony)
     if chain is not None and not told.keys() - {"state", "random streams"}:
-        _kill(chain.processes)  # the thread, or the error's traceback, keeps the iterator that would end them
+        kill(chain.processes)  # the thread, or the error's traceback, keeps the iterator that would end them
     path = folder / witness_file(rank)
     temporary = path.with_suffix(".tmp")
     try:
@@ -170,20 +159,6 @@ def give(
     except OSError as error:
         missing.append(f"no witness: {path}: {error.strerror}")
     return list(missing)
-
-
-def _kill(workers: list[Any]) -> None:
-    """End workers that may hang; they ignore the signal with which torch would end them when the process exits."""
-    if not workers or threading.current_thread() is not threading.main_thread():
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises an error for a killed worker
-    try:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join()
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 # ---- the segment that goes on
