@@ -11,6 +11,10 @@ def _no_end() -> float | None:
     return None
 
 
+def _unknown(job: str) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Allocation:
     """The place of this process in its job, and the job's end.
@@ -29,6 +33,14 @@ class Allocation:
     restart: int = 0
     """How often the scheduler has started this job before."""
     host: str = field(default_factory=socket.gethostname)
+    nodes: tuple[str, ...] = ()
+    """The names of the job's nodes, in the scheduler's words; empty where there is no scheduler."""
+    node_name: str = ""
+    """This process's node among them."""
+    gpus: int = 0
+    """GPUs of the whole job."""
+    ended: Callable[[str], str] = _unknown
+    """Asks in which state an earlier job ended; empty where nobody knows."""
     end: Callable[[], float | None] = _no_end
     """Asks when the job will be killed: seconds since the epoch, None where there is no limit."""
     interrupt_at: frozenset[int] = frozenset()

@@ -16,6 +16,7 @@ EXAMPLES = """\
 examples:
   chainrun run digits.yaml --walltime 20s      a chain on this machine, cut every 20 seconds
   chainrun submit digits.yaml args.lr=0.1      a chain on SLURM
+  chainrun doctor digits.yaml --probe          will the chain work on this cluster?
   chainrun status runs                         where every run stands
 """
 
@@ -56,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     submit = commands.add_parser("submit", help="submit an experiment to SLURM, or go on with its run")
     _experiment(submit)
     submit.add_argument("--dry-run", action="store_true", help="show the sbatch script, submit nothing")
+    submit.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="submit so many jobs at once, each to follow the one before",
+    )
     submit.set_defaults(command=_submit)
 
     run = commands.add_parser("run", help="the same chain on this machine")
@@ -85,11 +93,31 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", help="a run's story, or what a checkpoint holds")
     show.add_argument("path", type=Path, metavar="DIR|CHECKPOINT")
-    show.set_defaults(command=lambda o: inspect_runs.show(o.path))
+    show.add_argument("--all", action="store_true", help="of a checkpoint: list all tensors, not the largest")
+    show.add_argument(
+        "--rank", type=int, metavar="N", help="of a checkpoint: whose file to look into (default 0)"
+    )
+    show.add_argument("--verify", action="store_true", help="of a checkpoint: read and hash every file")
+    show.add_argument("--json", action="store_true", help="print all of it as JSON")
+    show.set_defaults(command=_show)
+
+    export = commands.add_parser("export", help="write a checkpoint's weights as a safetensors file")
+    export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="NAME.safetensors")
+    export.add_argument("--object", metavar="NAME", help="the registered object (default: the only module)")
+    export.set_defaults(command=_export)
 
     cancel = commands.add_parser("cancel", help="save and end a run for good")
     cancel.add_argument("dir", type=Path, metavar="DIR")
     cancel.set_defaults(command=_cancel)
+
+    doctor = commands.add_parser("doctor", help="will a chain work on this cluster, and what to set for it")
+    _experiment(doctor, optional=True)
+    doctor.add_argument(
+        "--probe", action="store_true", help="try it on the nodes with one job of two minutes"
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(command=_doctor)
 
     demo = commands.add_parser("demo", help="train the digits example in a chain and compare it, bit for bit")
     demo.add_argument("--dir", type=Path, metavar="DIR", help="keep the two runs there")
@@ -97,10 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _experiment(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("experiment", type=Path, metavar="EXP", help="the experiment file")
+def _experiment(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument(
+        "experiment", type=Path, metavar="EXP", nargs="?" if optional else None, help="the experiment file"
+    )
     parser.add_argument("overrides", nargs="*", metavar="k=v", help="for example args.lr=0.1 slurm.time=2h")
-    parser.add_argument("--override", action="store_true", help="go on although the experiment has changed")
+    if not optional:
+        parser.add_argument(
+            "--override", action="store_true", help="go on although the experiment has changed"
+        )
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -114,13 +147,16 @@ def _submit(options: argparse.Namespace) -> int:
 
         print(submit.script(RunDir(described.run_dir), described))
         return EXIT_DONE
+    if options.jobs < 1:
+        raise UsageError(f"--jobs {options.jobs}: at least 1 is needed")
     slurm.need()
     submit.check(described)
     run, how = submit.prepare(described, base, override=options.override)
     if how == "done":
         return _already_done(run.path)
-    job = submit.submit_job(run, described)
-    print(f"{'submitted' if how == 'new' else 'going on:'} job {job}, run {run.path}")
+    jobs = submit.submit_jobs(run, described, options.jobs)
+    named = f"job {jobs[0]}" if len(jobs) == 1 else f"jobs {', '.join(jobs)}"
+    print(f"{'submitted' if how == 'new' else 'going on:'} {named}, run {run.path}")
     print(f"chainrun status {run.path}")
     return EXIT_DONE
 
@@ -176,10 +212,43 @@ def _already_done(path: Path) -> int:
     return EXIT_DONE
 
 
+def _show(options: argparse.Namespace) -> int:
+    from chainrun.rundir import open_run, parse_checkpoint
+
+    path = options.path.absolute().resolve()
+    if parse_checkpoint(path.name):
+        from chainrun import inspect_checkpoint
+
+        looks = {"every": options.all, "verify": options.verify, "as_json": options.json}
+        return inspect_checkpoint.show(path, rank=options.rank or 0, **looks)
+    run = open_run(path)
+    for option in ("all", "verify", "rank"):
+        if getattr(options, option) not in (None, False):
+            raise UsageError(
+                f"--{option} is for a checkpoint, and {path} is a run: give one of {run.checkpoints}/step-…"
+            )
+    return inspect_runs.show(run, as_json=options.json)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from chainrun import inspect_checkpoint
+
+    return inspect_checkpoint.export(options.checkpoint, options.output, options.object)
+
+
 def _cancel(options: argparse.Namespace) -> int:
     from chainrun.launch import cancel
 
     return cancel.cancel(options.dir)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from chainrun import experiment
+    from chainrun.launch import doctor
+
+    described = experiment.load(options.experiment, options.overrides) if options.experiment else None
+    base = options.experiment.absolute().parent if options.experiment else Path.cwd()
+    return doctor.command(described, base, tries=options.probe, as_json=options.json)
 
 
 def _demo(options: argparse.Namespace) -> int:

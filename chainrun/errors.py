@@ -8,6 +8,7 @@ Every message names the thing, what was found, what was expected and what to do:
     │   └── ClusterError      SLURM is missing, refuses, or is not what the experiment asks for
     ├── RegisterError         an object given to `Run.register` or a loop that cannot be resumed exactly
     ├── CheckpointError       a checkpoint cannot be written, read or trusted
+    │   └── DiskFullError     there is no space, or no quota, left for one
     └── RestoreError          a checkpoint and the function that restores it do not fit
 """
 
@@ -48,6 +49,10 @@ class RegisterError(ChainrunError):
 
 class CheckpointError(ChainrunError):
     """A checkpoint cannot be written, read or trusted."""
+
+
+class DiskFullError(CheckpointError):
+    """A checkpoint could not be written for want of space, or of quota."""
 
 
 class RestoreError(ChainrunError):

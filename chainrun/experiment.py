@@ -20,6 +20,10 @@ from chainrun.errors import ExperimentError, nearest
 from chainrun.yamlfile import At, Places, show
 
 
+class Hours(float):
+    """A number of hours that is used up, not a duration: 500 node hours."""
+
+
 @dataclass(frozen=True)
 class _Rule:
     """What one type of field allows, in words, and how it is read; a ValueError from there is the reason."""
@@ -60,6 +64,12 @@ def _minutes(value: Any, at: At) -> float:
     if seconds := durations.read_duration(value) // 60 * 60:
         return seconds
     raise ValueError("which is shorter than SLURM's unit, 1min")
+
+
+def _hours(value: Any, at: At) -> Hours:
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+        raise ValueError
+    return Hours(value)
 
 
 def _lines(value: Any, at: At) -> tuple[str, ...]:
@@ -129,6 +139,7 @@ CountOrZero = Annotated[int, _whole(0)]
 Seed = Annotated[int, _whole(0, 2**32 - 1)]  # NumPy's limit
 Seconds = Annotated[float, _Rule(durations.ALLOWED, lambda value, at: durations.read_duration(value))]
 Minutes = Annotated[float, _Rule(f"{durations.ALLOWED}, at least 1min", _minutes)]
+HoursUsed = Annotated[Hours, _Rule("a number of hours above 0", _hours)]
 Lines = Annotated[tuple[str, ...], _Rule("a list of shell lines", _lines)]
 Args = Annotated[dict[str, Any], _Rule(_ARGS, _args, _is_mapping)]
 Extra = Annotated[dict[str, Any], _Rule("a mapping from sbatch options to values", _extra, _is_mapping)]
@@ -163,11 +174,15 @@ class ChainPolicy:
     handoff: Literal["auto", "requeue", "resubmit", "ahead"] = "auto"
     """What makes the next segment happen; auto: whatever the cluster allows."""
     max_segments: Count = 100
-    """The chain stops after this many segments."""
+    """The chain stops after this many segments; counted anew when a person lets it go on."""
     stop_after_idle_segments: Count = 2
     """The chain stops after this many segments in a row without one new committed step."""
     retry_errors: CountOrZero = 0
     """How many crashes of the function to retry from the last checkpoint."""
+    max_node_hours: HoursUsed | None = None
+    """SLURM: no further segment once all jobs together have used so many hours of nodes; null: no limit."""
+    max_gpu_hours: HoursUsed | None = None
+    """The same with hours of GPUs."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +346,8 @@ def _thaw(value: Any) -> Any:
     """Turn an experiment back into what stands in its file; a float outside of free mappings is a duration."""
     if is_dataclass(value):
         return {one.name: _thaw(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Hours):
+        return float(value)
     if isinstance(value, float):
         return durations.format_duration(value)
     if isinstance(value, Path):

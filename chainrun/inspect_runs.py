@@ -1,19 +1,19 @@
-"""The commands that only look: status, logs, show. torch is imported for the inside of a checkpoint alone."""
+"""The commands that only look at runs: status, logs, show. None imports torch."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from chainrun import journal
-from chainrun.checkpoint.store import Committed, Store, flaw, read_committed
+from chainrun.checkpoint.store import Store
 from chainrun.durations import format_duration
-from chainrun.errors import EXIT_DONE, EXIT_FAILED, UsageError
+from chainrun.errors import EXIT_DONE, UsageError
 from chainrun.lock import holder
-from chainrun.rundir import RunDir, open_run, parse_checkpoint, read_json
+from chainrun.rundir import RunDir, open_run, read_json
 
 
 def _runs(paths: list[Path]) -> Iterator[RunDir]:
@@ -46,6 +46,7 @@ def size(count: float) -> str:
 
 def _state(run: RunDir, queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
     """Return a run's state and a remark."""
+    from chainrun.launch import slurm
     from chainrun.launch.submit import jobs_of
 
     if run.done.exists():
@@ -57,10 +58,15 @@ def _state(run: RunDir, queue: dict[str, tuple[str, str]]) -> tuple[str, str]:
         return "running", f"job {held['job']} on {held['host']}"
     if run.stop.exists():
         return "cancelled", ""
-    for job in reversed(jobs_of(run)):
+    if run.halted.exists():
+        halted = read_json(run.halted) or {}
+        return "stopped", f"{halted.get('why')}; to go on: {halted.get('command')}"
+    for job in jobs_of(run, recent=True):
         if job in queue:
             state, reason = queue[job]
-            return state.lower(), f"job {job}" + (f" ({reason})" if reason not in ("None", "") else "")
+            remark = slurm.held(job, state, reason)
+            more = f" ({reason})" if reason not in ("None", "") else ""
+            return ("held", remark) if remark else (state.lower(), f"job {job}{more}")
     last = journal.last(run, "segment", "stop", "handoff") or {}
     if last.get("event") == "handoff" and last.get("refused"):
         return "stopped", last["refused"]
@@ -73,7 +79,7 @@ def status(paths: list[Path]) -> int:
     from chainrun.launch.submit import jobs_of
 
     runs = list(_runs(paths))
-    open_jobs = [job for run in runs if not run.done.exists() for job in jobs_of(run)[-1:]]
+    open_jobs = [job for run in runs if not run.done.exists() for job in jobs_of(run, recent=True)]
     queue = slurm.states(open_jobs)
     rows = [("run", "state", "step", "segments", "last checkpoint", "")]
     for run in runs:
@@ -124,56 +130,24 @@ def logs(path: Path, rank: int, *, follow: bool) -> int:
     return EXIT_DONE
 
 
-def show(path: Path) -> int:
-    """Print a run's story, or what a checkpoint holds."""
-    path = path.absolute().resolve()
-    if parse_checkpoint(path.name):
-        return _show_checkpoint(read_committed(path))
-    run = open_run(path)
+def show(run: RunDir, *, as_json: bool) -> int:
+    """Print a run's story."""
     state, remark = _state(run, {})
+    checkpoints = Store(run).committed()
+    result = read_json(run.result) if run.done.exists() else None
+    if as_json:
+        kept = [{"path": str(one.path), "step": one.step, "size": one.size} for one in checkpoints]
+        about = {"path": str(run.path), "state": state, "remark": remark or None, "result": result}
+        print(json.dumps({**about, "events": list(journal.events(run)), "checkpoints": kept}, indent=1))
+        return EXIT_DONE
     print(f"{run.path}: {state}{f' ({remark})' if remark else ''}")
     for event in journal.events(run):
         fields = {k: v for k, v in event.items() if k not in ("time", "event", "traceback") and v is not None}
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         print(f"{stamp}  {event['event']:<10}  " + "  ".join(f"{k}={v}" for k, v in fields.items()))
-    for checkpoint in Store(run).committed():
+    for checkpoint in checkpoints:
         age = _age(time.time() - checkpoint.manifest["time"])
         print(f"checkpoint {checkpoint.path}  step {checkpoint.step}  {size(checkpoint.size)}  {age}")
     if run.done.exists():
-        print(f"result: {read_json(run.result)}")
+        print(f"result: {result}")
     return EXIT_DONE
-
-
-def _show_checkpoint(checkpoint: Committed) -> int:
-    from chainrun.checkpoint import image, sharded, state
-
-    manifest = checkpoint.manifest
-    print(f"{checkpoint.path}")
-    for key in ("run", "step", "epoch", "segment", "reason", "world_size"):
-        print(f"  {key:<12} {manifest[key]}")
-    print(f"  {'written':<12} {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(manifest['time']))}")
-    for key, value in manifest["environment"].items():
-        print(f"  {key:<12} {value}")
-    why = flaw(checkpoint)
-    print(f"  {'verified':<12} {'yes, every file has its stated size and hash' if why is None else why}")
-    if why is not None:
-        return EXIT_FAILED
-    for name, file in sorted(manifest["files"].items()):
-        print(f"{name}  {size(file['size'])}")
-        if name.startswith(sharded.FOLDER):
-            continue
-        tree = image.read(checkpoint.path / name)
-        for kind in ("objects", "loaders"):
-            for key, value in tree[kind].items():
-                print(f"  {key:<12} {size(state.nbytes(value)):>8}  {_count(value)} tensors")
-        print(f"  {'state':<12} {', '.join(map(str, tree['state'])) or '-'}")
-        print(f"  {'random':<12} {', '.join(tree['rng'])}")
-    return EXIT_DONE
-
-
-def _count(tree: Any) -> int:
-    if isinstance(tree, dict):
-        return sum(_count(value) for value in tree.values())
-    if isinstance(tree, (list, tuple)):
-        return sum(_count(value) for value in tree)
-    return int(hasattr(tree, "nbytes"))

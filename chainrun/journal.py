@@ -3,10 +3,15 @@
 Events and their fields (every line also has ``time`` in seconds since the epoch and ``event``):
 
 =============  =======================================================================================
+``start``      a SLURM job starts, before anything else: ``job restart nodes gpus``
+``lost``       a job was killed without a word, as the next one sees: ``job restart segment state last_seen``
 ``segment``    a segment starts: ``segment job restart host world_size resumed step checkpoint seconds``
-``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds reason``
+``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds waited stall reason``; of the
+               training, ``waited`` is what it stood still for the save before and ``stall`` in all; a save
+               without ``stall`` was not made beside it
 ``created``    the run directory is made: ``id``
 ``submitted``  a job is submitted: ``job``
+``space``      there is no room for the next checkpoint: ``reason removed``
 ``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``
 ``drift``      the environment has changed since the checkpoint: ``segment changes``
@@ -15,7 +20,9 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
-``failed``     the user's function or chainrun failed: ``segment rank step error traceback retry``
+``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
+               retry``
+``exclude``    the next jobs keep away from a node: ``node failures``
 ``done``       the function returned: ``segment step``
 ``cancel``     a person ended the chain
 ``continue``   a person let an ended chain go on: ``changes``

@@ -146,9 +146,15 @@ class Lock:
         holder = read_json(self._path) or {}
         return all(holder.get(key) == value for key, value in self._me.items())
 
+    def lost(self) -> bool:
+        """Whether another start, of this job or of another one, has the lock; asked by any rank."""
+        holder = read_json(self._path) or self._me
+        return any(holder.get(key) != self._me[key] for key in ("job", "restart"))
+
     def release(self) -> None:
         if self.held():
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that is read-only by now: the process's end releases it too
+                self._path.unlink()
 
 
 def holder(run: RunDir) -> dict[str, Any] | None:

@@ -66,6 +66,11 @@ class RunDir:
         """Written by `chainrun cancel`: the running segment saves and ends, no further one starts."""
         return self.path / "STOP"
 
+    @property
+    def halted(self) -> Path:
+        """The chain has stopped by itself: JSON with ``why`` and the ``command`` that goes on."""
+        return self.path / "HALTED"
+
     def rendezvous(self, job: str, restart: int) -> Path:
         """Where rank 0 of one segment writes the address that the other ranks connect to."""
         return self.jobs / f"{job}_{restart}_rendezvous.json"
@@ -91,7 +96,7 @@ class RunDir:
         """
         try:
             for folder in (self.path, self.checkpoints, self.jobs):
-                folder.mkdir(parents=True, exist_ok=True)
+                make_dir(folder)
             probe = self.path / f".probe-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
@@ -133,6 +138,23 @@ def fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
+def fsync_file(path: Path) -> None:
+    """Make durable what was written to a file."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_dir(path: Path) -> None:
+    """Make a directory and its missing parents, durably: what is committed inside is else lost with its entry."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fsync_dir(made.parent)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Replace a small file so that after a crash it holds either the old or the new content, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -170,9 +192,8 @@ def append_lines(path: Path, lines: list[dict[str, Any]]) -> None:
         if size and os.pread(fd, 1, size - 1) != b"\n":
             data = b"\n" + data  # a line that a crash has torn must not take ours with it
         try:
-            written = os.write(fd, data)
-            if written < len(data):  # the disk is nearly full
-                os.write(fd, data[written:])
+            while data:  # a disk that is nearly full takes a part of it, and then says so
+                data = data[os.write(fd, data) :]
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, size)

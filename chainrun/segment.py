@@ -8,15 +8,17 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from chainrun import experiment, function, journal
+from chainrun import breakers, experiment, function, journal
 from chainrun.allocation import Allocation
+from chainrun.checkpoint.ahead import Ahead
 from chainrun.errors import ChainrunError
 from chainrun.lock import BEAT, Lock, Locked
-from chainrun.rundir import RunDir, write_durably
+from chainrun.rundir import RunDir, read_json, write_durably
 from chainrun.training.stop import Pace, SegmentEnd, Signals
 
 if TYPE_CHECKING:
@@ -27,11 +29,14 @@ if TYPE_CHECKING:
 class Outcome:
     """How a segment ended."""
 
-    kind: Literal["done", "stopped", "failed", "retry", "idle", "locked"]
+    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost"]
     """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
-    the run is done, failed or cancelled. ``locked``: another segment carries the run."""
+    the run is done, failed or cancelled, or its chain has stopped. ``halted``: the chain must not go on by itself.
+    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone."""
     reason: str = ""
     step: int = 0
+    options: str = ""
+    """Of ``halted``: what has to be added to the command that goes on."""
 
 
 def say(line: str) -> None:
@@ -40,23 +45,30 @@ def say(line: str) -> None:
         print(f"chainrun: {line}", file=sys.stderr, flush=True)
 
 
-def run_segment(run: RunDir, allocation: Allocation, signals: Signals) -> Outcome:
-    """Carry the run on until its function returns or the segment has to end."""
+def run_segment(
+    run: RunDir, allocation: Allocation, signals: Signals, began: Callable[[], None] = lambda: None
+) -> Outcome:
+    """Carry the run on until its function returns or the segment has to end.
+
+    Args:
+        began: called on rank 0 when the run is this segment's and may go on.
+    """
     if run.done.exists():
         return Outcome("idle", "the run is done")
     if run.stop.exists():
         return Outcome("idle", "the run was cancelled")
     if run.failed.exists():
         return Outcome("idle", "the run has failed")
-    segment = _Segment(run, allocation, signals)
+    if run.halted.exists():
+        return Outcome("idle", "the chain has stopped")
+    segment = _Segment(run, allocation, signals, began)
     try:
         return segment.carry()
     except SegmentEnd as end:
         step = segment.training.global_step if segment.training else 0
         unused = segment.training.time_left() if segment.training else float("inf")
         if allocation.rank == 0:
-            journal.record(
-                run,
+            segment.note(
                 "stop",
                 segment=segment.number,
                 step=step,
@@ -75,10 +87,14 @@ def run_segment(run: RunDir, allocation: Allocation, signals: Signals) -> Outcom
 
 
 class _Segment:
-    def __init__(self, run: RunDir, allocation: Allocation, signals: Signals) -> None:
+    def __init__(
+        self, run: RunDir, allocation: Allocation, signals: Signals, began: Callable[[], None]
+    ) -> None:
+        self._began = began
         self._run, self._allocation, self._signals = run, allocation, signals
         self._lock = Lock(run, allocation.job, allocation.restart)
         self._control: Any = None
+        self._ahead: Ahead | None = None
         self._locked = False
         self._retries = 0
         self._failed = False
@@ -91,11 +107,19 @@ class _Segment:
         described = experiment.load(run.experiment)
         self._retries = described.chain.retry_errors
         if allocation.rank == 0:
+            before = read_json(run.lock)
             taken_over = self._lock.acquire()
             self._locked = True
             if taken_over:
                 say(f"took the lock over: {taken_over}")
+            if allocation.scheduler == "slurm":
+                self._note_start(before or {})
+                trip = breakers.tripped(run, described.chain)
+                if trip is not None:  # those before were killed, and could not ask
+                    return Outcome("halted", trip.why, options=trip.options)
+            self._began()
             self.number = 1 + sum(1 for _ in journal.events(run, "segment"))
+        self._ahead = Ahead(run, allocation.rank)
         if described.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         import torch
@@ -129,6 +153,8 @@ class _Segment:
             keep=described.checkpoint.keep,
             keep_every=keep_every.steps if keep_every else None,
             reshard=described.checkpoint.reshard,
+            ahead=self._ahead,
+            background=True,
             watch={
                 "signals": self._signals,
                 "end": allocation.end,
@@ -147,6 +173,7 @@ class _Segment:
         )
         began = time.perf_counter()
         self.training = training = Run(run.path, setting=setting)
+        self._ahead.close()
         seconds = time.perf_counter() - began
         newest = training.restored_from
         if newest is not None and newest.manifest.get("ended"):  # killed between its last two acts
@@ -185,33 +212,80 @@ class _Segment:
             rng.seed_all(described.seed)
         training._start()
         result = train(training, **described.args)
+        training._settle()
         if self._control is not None:
             self._control.returned()
         result = _plain(result)
         training._finish(result)
         return self._done(result)
 
+    def _note_start(self, holder: dict[str, Any]) -> None:
+        """Record that this job has started, and that the one before was killed where it has not said how it ended.
+
+        Args:
+            holder: what the lock said before it was ours.
+        """
+        run, allocation = self._run, self._allocation
+        before = breakers.starts(list(journal.events(run)))[-1:]
+        if before and before[0].end is None:
+            job, restart = before[0].event["job"], before[0].event["restart"]
+            seen = (journal.last(run) or {})["time"]
+            if (holder.get("job"), holder.get("restart")) == (job, restart):
+                seen = max(seen, holder["time"])
+            journal.record(
+                run,
+                "lost",
+                job=job,
+                restart=restart,
+                segment=before[0].segment,
+                state="" if job == allocation.job else allocation.ended(job),
+                last_seen=seen,
+            )
+        journal.record(
+            run,
+            "start",
+            job=allocation.job,
+            restart=allocation.restart,
+            nodes=list(allocation.nodes),
+            gpus=allocation.gpus,
+        )
+
     def _done(self, result: Any) -> Outcome:
         assert self.training is not None
         step = self.training.global_step
         if self._allocation.rank == 0:
             write_durably(self._run.result, json.dumps(result, indent=1).encode())
-            journal.record(self._run, "done", segment=self.number, step=step)
+            self.note("done", segment=self.number, step=step)
             write_durably(self._run.done, b"")
             say(f"done after {step} steps and {self.number} segments")
         return Outcome("done", step=step)
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Record how the segment ended; it ended so also where the journal cannot be written."""
+        try:
+            journal.record(self._run, event, **fields)
+        except OSError as error:
+            say(f"warning: {self._run.journal} could not be written: {error.strerror}")
 
     def fail(self, error: BaseException) -> Outcome:
         """Record why, where the next reader looks: the journal, FAILED and this rank's log."""
         self._failed = True
         step = self.training.global_step if self.training else 0
         rank = self._allocation.rank
+        if self._lock.lost():  # the orphan of a node that had failed: what it meets is not the run's
+            why = f"another segment has taken over {self._run.path}; this one ends: {error}"
+            say(why)
+            return Outcome("locked", why, step)
         if isinstance(error, ChainrunError):
             text = message = str(error)
         else:
             frames = traceback.TracebackException.from_exception(error)
             text = "".join(frames.format())
             message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if rank and self._control is not None and self._control.lost():
+            # as if this one had been killed too: the run is well, and its next start goes on
+            say(f"rank 0 is gone, so rank {rank} ends at step {step}, with: {message}")
+            return Outcome("lost", message, step)
         where = f"rank {rank} failed in segment {self.number} at step {step}: "
         say(where + text)
         # an error of the user's function may be the machine's; what chainrun refuses, it refuses again
@@ -222,6 +296,7 @@ class _Segment:
                 "failed",
                 segment=self.number,
                 rank=rank,
+                node=self._allocation.node_name,
                 step=step,
                 error=message,
                 traceback=text,
@@ -240,7 +315,10 @@ class _Segment:
         often = self._allocation.scheduler == "local"  # a shared filesystem is asked for less
         if self._locked and training is not None and (often or now - self._beaten >= BEAT):
             self._beaten = now
-            self._lock.beat(segment=self.number, **training.progress())
+            if not self._lock.beat(segment=self.number, **training.progress()):
+                self._signals.terminated = (
+                    True  # no more steps; the save at the stop finds the lock lost and ends it
+                )
 
     def close(self) -> None:
         if self.training is not None:

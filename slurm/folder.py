@@ -16,7 +16,17 @@ from subprocess import DEVNULL
 
 STOP_SECONDS = 10.0
 MARK = "SLURM_FOLDER"  # every process that `up` starts has this variable, so we never guess whose it is
-MADE_BY_UP = ("slurm.conf", "gres.conf", "munge.key", "fast_signals.so", "run", "state", "spool", "log")
+MADE_BY_UP = (
+    "slurm.conf",
+    "slurmdbd.conf",
+    "gres.conf",
+    "cgroup.conf",
+    "munge.key",
+    "fast_signals.so",
+    "slurm",
+)
+MADE_BY_UP += ("run", "state", "spool", "log", "mysql")
+FREEZER = Path("/sys/fs/cgroup/freezer")  # where SLURM keeps a job's processes together with cgroup/v1
 
 
 class ClusterError(Exception):
@@ -31,6 +41,7 @@ class Cluster:
         self.conf = self.dir / "slurm.conf"
         # What jobs start has this name in SLURM_CLUSTER_NAME, so no two folders may share it.
         self.name = "t" + hashlib.sha1(bytes(self.dir)).hexdigest()[:12]
+        self.slurm = self.dir / "slurm"  # a link to SLURM's programs, where they are not the machine's own
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -86,24 +97,31 @@ class Cluster:
         """Return our environment, aimed at this cluster and free of what an outer SLURM job put there."""
         outer = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_")
         clean = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
-        return {**clean, "SLURM_CONF": str(self.conf)}
+        return {**clean, "SLURM_CONF": str(self.conf), "PATH": self.path()}
+
+    def path(self) -> str:
+        """Return PATH with this cluster's programs first."""
+        path = os.environ.get("PATH", os.defpath)
+        return f"{self.slurm}/usr/bin:{self.slurm}/usr/sbin:{path}" if self.slurm.exists() else path
+
+    def find(self, name: str) -> str:
+        """Return the path of a program of this cluster, or its bare name."""
+        return find(name, self.path()) or name
 
     def ask(self, *argv: str, timeout: float = 5) -> str | None:
         """Return what a SLURM command prints, or None if it failed or got no answer."""
-        command = [find(argv[0]) or argv[0], *argv[1:]]
+        command = [self.find(argv[0]), *argv[1:]]
         with contextlib.suppress(subprocess.SubprocessError, OSError):
             return subprocess.check_output(
                 command, env=self.environment(), text=True, timeout=timeout, stderr=DEVNULL
             )
         return None
 
-    def start(self, name: str, *argv: str, preload: str | None = None) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *argv: str, **variables: str) -> subprocess.Popen[bytes]:
         """Start a daemon, in a session of its own since a Ctrl-C is not meant for it."""
-        environment = self.environment()
-        if preload:
-            environment["LD_PRELOAD"] = preload
+        environment = {**self.environment(), **variables}
         environment[MARK] = str(self.dir)  # last: slurmstepd's title overwrites the beginning
-        command = [find(argv[0]) or argv[0], *argv[1:]]
+        command = [self.find(argv[0]), *argv[1:]]
         with (self.dir / f"log/{name}.out").open("wb") as out:
             return subprocess.Popen(
                 command,
@@ -123,14 +141,19 @@ class Cluster:
             if jobs and self.ask("scancel", *jobs) is not None:
                 wait(lambda: not self.ask("squeue", "-h"), STOP_SECONDS)
         with contextlib.suppress(ClusterError):
-            for daemon in ("slurmd", "slurmctld", "munged"):
+            for daemon in ("slurmd n", "slurmctld", "slurmdbd", "mariadbd", "munged"):
                 self.end(signal.SIGTERM, daemon)
         self.end(signal.SIGKILL)
 
     def delete(self) -> None:
         """Delete what `up` made, and the folder too unless others put something there."""
+        for node in (
+            self.nodes() if self.conf.exists() else ()
+        ):  # they are there in the profile `cgroup` alone
+            for group, _, _ in os.walk(FREEZER / f"slurm_{node}", topdown=False):
+                os.rmdir(group)
         for path in (self.dir / name for name in MADE_BY_UP):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
@@ -138,9 +161,9 @@ class Cluster:
             self.dir.rmdir()
 
 
-def find(name: str) -> str | None:
+def find(name: str, path: str | None = None) -> str | None:
     """Return the path of a program on PATH or in the sbin beside a bin there (users' PATHs lack sbin)."""
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    folders = (path or os.environ.get("PATH", os.defpath)).split(os.pathsep)
     folders += [folder.removesuffix("bin") + "sbin" for folder in folders if folder.endswith("/bin")]
     return shutil.which(name, path=os.pathsep.join(folders))
 

@@ -300,7 +300,7 @@ def test_show_tells_a_runs_story_and_what_a_checkpoint_holds(finished, capsys, m
     assert {"created", "segment", "checkpoint", "stop", "handoff", "witness", "done"} == set(kinds)
     assert "result: {'state': " in said
     checkpoint = Store(finished.run).committed()[0].path
-    said = main(capsys, "show", checkpoint, code=0)
+    said = main(capsys, "show", checkpoint, "--verify", code=0)
     for text in (
         "step         20",
         "verified     yes",
@@ -312,13 +312,13 @@ def test_show_tells_a_runs_story_and_what_a_checkpoint_holds(finished, capsys, m
     ):
         assert text in said, text
     monkeypatch.chdir(checkpoint)
-    assert main(capsys, "show", ".", code=0) == said
+    assert main(capsys, "show", ".", "--verify", code=0) == said
 
 
 def test_show_of_a_damaged_checkpoint_names_the_flaw_and_fails(finished, tmp_path, capsys):
     """Exit code 1, and why the checkpoint would not be restored."""
     for name, text in {
-        "rank-00000.pt": "verified     the content of rank-00000.pt has changed since it was written",
+        "rank-00000.pt": "verified     no: the content of rank-00000.pt has changed since it was written",
         "manifest.json": "cannot be used: it holds no valid manifest.json",
     }.items():
         checkpoint = tmp_path / name / "step-00000020"
@@ -326,7 +326,7 @@ def test_show_of_a_damaged_checkpoint_names_the_flaw_and_fails(finished, tmp_pat
         for file in Store(finished.run).committed()[0].path.iterdir():
             data = file.read_bytes()
             (checkpoint / file.name).write_bytes(data if file.name != name else data[:9] + b"!" + data[10:])
-        assert text in main(capsys, "show", checkpoint, code=1)
+        assert text in main(capsys, "show", checkpoint, "--verify", code=1)
 
 
 def test_a_finished_run_leaves_at_once(finished, capsys):
@@ -341,10 +341,14 @@ def test_a_finished_run_leaves_at_once(finished, capsys):
     assert {path: path.read_bytes() for path in finished.run.path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("words", ["status DIR", "logs DIR", "show DIR", "--help", "run --help", "--version"])
+@pytest.mark.parametrize(
+    "words",
+    ["status DIR", "logs DIR", "show DIR", "show CHECKPOINT", "--help", "run --help", "--version"],
+)
 def test_commands_that_only_look_never_import_torch(finished, words):
     """Nor NumPy or submitit, whatever the run has been through; they answer quickly."""
-    arguments = words.replace("DIR", str(finished.run.path)).split()
+    checkpoint = Store(finished.run).committed()[0].path
+    arguments = words.replace("DIR", str(finished.run.path)).replace("CHECKPOINT", str(checkpoint)).split()
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "chainrun", *arguments],

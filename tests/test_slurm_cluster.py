@@ -81,6 +81,67 @@ def test_two_clusters_run_side_by_side(slurm_cluster: Cluster, second_cluster: C
     assert gone(second_cluster)
 
 
+def test_another_version_runs_beside_the_hosts(slurm_cluster: Cluster) -> None:
+    """PATH and SLURM_CONF select a cluster with a SLURM of its own, and `down` leaves nothing of it."""
+    other = Cluster.up("--version", "trixie", "--nodes=1")
+    try:
+        assert other.run("sinfo", "-V").stdout.split()[1].startswith("24.11.")
+        job = other.run(
+            "sbatch", "--parsable", "--output=/dev/null", "--wrap", "srun sinfo -V"
+        ).stdout.strip()
+        assert other.wait_job(job)["JobState"] == "COMPLETED"
+        assert slurm_cluster.run("sinfo", "-V").stdout != other.run("sinfo", "-V").stdout
+    finally:
+        other.down()
+    assert gone(other)
+    assert (slurm_cluster.dir / "slurm").exists() is False
+    assert slurm_cluster.run("sinfo", "-h", "-o", "%D").stdout.split() == ["2"]
+
+
+def test_sacct_knows_finished_jobs_with_accounting() -> None:
+    """The profile has a database of its own inside the folder, which `down` stops and deletes too."""
+    cluster = Cluster.up("--version", "bookworm", "--profile", "accounting", "--nodes=1")
+    try:
+        cluster.run("srun", "--job-name=noted", "true")
+        deadline = time.monotonic() + 30
+        while "noted|COMPLETED" not in cluster.run("sacct", "-nXPo", "jobname,state").stdout:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert script("status", str(cluster.dir)).stdout.count("alive") == 5
+    finally:
+        cluster.down()
+    assert gone(cluster)
+
+
+def test_control_groups_are_made_and_removed() -> None:
+    """With the profile a job's processes are in groups named after its node, and `down` removes those too."""
+    cluster = Cluster.up("--profile", "cgroup", "--nodes=1")
+    try:
+        groups = cluster.run("srun", "cat", "/proc/self/cgroup").stdout
+        node = cluster.run("sinfo", "-h", "-o", "%N").stdout.strip()
+        assert f"freezer:/slurm_{node}/" in groups
+    finally:
+        cluster.down()
+    assert gone(cluster)
+    assert not Path(f"/sys/fs/cgroup/freezer/slurm_{node}").exists()
+
+
+def test_a_mirror_out_of_reach_is_one_line(tmp_path: Path) -> None:
+    """Without a network or a mirror, another version ends with one clear message and nothing half done."""
+    release = dict(line.partition("=")[::2] for line in Path("/etc/os-release").read_text().splitlines())
+    sources = f"deb http://127.0.0.1:9/debian {release.get('VERSION_CODENAME', 'none')} main\n"
+    (tmp_path / "sources").write_text(sources)
+    settings = {"sourcelist": tmp_path / "sources", "sourceparts": tmp_path / "none"}
+    (tmp_path / "apt.conf").write_text("".join(f'Dir::Etc::{k} "{v}";\n' for k, v in settings.items()))
+    cache = tmp_path / "cache"
+    environment = {"APT_CONFIG": str(tmp_path / "apt.conf"), "CHAINRUN_SLURM_CACHE": str(cache)}
+    done = script("up", "--version", "trixie", env={**os.environ, **environment})
+    assert done.returncode == 1
+    assert done.stderr.startswith("slurm/cluster: cannot get SLURM of Debian trixie: ")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == ["lock"]
+
+
 def test_the_walltime_warning_arrives_soon(slurm_cluster: Cluster, tmp_path: Path) -> None:
     """A job of one minute that asks for USR2 25 s before its end has it within 20 s of its start."""
     (tmp_path / "task.py").write_text(

@@ -35,7 +35,7 @@ def cancel(path: Path) -> int:
     if held and held["alive"]:
         then = "its job was cancelled" if jobs else "it will stop at the next one"
         print(f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; {then}")
-    newest = next(iter(Store(run).committed()), None)
+    newest = Store(run).latest()
     where = f"its newest checkpoint is of step {newest.step}" if newest else "it has no checkpoint"
     again = "submit" if jobs_of(run) else "run"
     print(f"{run.path} is cancelled; {where}; to go on after all: chainrun {again} {run.experiment}")

@@ -43,6 +43,8 @@ class Chain:
             return "running"
         if run.stop.exists():
             return "cancelled"
+        if run.halted.exists():
+            return "stopped"
         return "queued" if slurm.states(submit.jobs_of(run)) else "stopped"
 
     @property
@@ -120,6 +122,7 @@ def submit_chain(
     args: Mapping[str, Any] | None = None,
     name: str | None = None,
     override: bool = False,
+    jobs: int = 1,
     **keys: Any,
 ) -> Chain:
     """Submit a training function to SLURM as a chain of jobs, or go on with its run.
@@ -129,6 +132,7 @@ def submit_chain(
         args: plain values.
         name: of the run; by default the function's.
         override: go on with an existing run although the experiment has changed.
+        jobs: how many to submit at once, each to start after those before it, where jobs may not submit others.
         keys: the other keys of the experiment file: ``dir``, ``seed``, ``slurm={"time": "4h"}`` …
 
     Raises:
@@ -139,7 +143,7 @@ def submit_chain(
     submit.check(described)
     run, how = submit.prepare(described, base, override=override)
     if how != "done":
-        submit.submit_job(run, described)
+        submit.submit_jobs(run, described, max(1, jobs))
     return Chain(run.path)
 
 

@@ -2,83 +2,98 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import time
 
-from chainrun import experiment, journal
+from chainrun import breakers, experiment, journal
 from chainrun.allocation import Allocation
 from chainrun.errors import ClusterError
 from chainrun.launch import slurm, submit
-from chainrun.rundir import RunDir
+from chainrun.rundir import RunDir, write_durably
 from chainrun.segment import Outcome, say
+from chainrun.training.stop import Signals
+
+_CANCELLED = "the job was cancelled with scancel"
 
 
-def idle_segments(run: RunDir) -> int:
-    """Return how many of the newest segments, in a row, ended without one new committed step."""
-    idle, step = 0, 0
-    for event in journal.events(run, "segment", "checkpoint", "continue"):
-        if event["event"] == "continue":
-            idle = 0  # a person has looked at it
-        elif event["event"] == "segment":
-            idle += 1
-        elif event["step"] > step:
-            idle, step = 0, event["step"]
-    return idle
-
-
-def breaker(run: RunDir, chain: experiment.ChainPolicy) -> str | None:
-    """Return why the chain must not go on by itself, None where it may."""
-    segments = sum(1 for _ in journal.events(run, "segment"))
-    if segments >= chain.max_segments:
-        return f"it has had {segments} segments, chain.max_segments is {chain.max_segments}"
-    idle = idle_segments(run)
-    if idle >= chain.stop_after_idle_segments:
-        return (
-            f"{idle} segments in a row ended without one new committed step "
-            f"(chain.stop_after_idle_segments is {chain.stop_after_idle_segments}): a step may be longer than "
-            "the walltime allows"
-        )
-    return None
-
-
-def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome) -> bool:
+def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Signals) -> bool:
     """Make the next segment happen; return False where the chain ends here, the reason in the journal."""
     described = experiment.load(run.experiment)
     if outcome.reason == "cancelled" or run.stop.exists():
         return _refuse(run, allocation, "the run was cancelled")
+    terminated = signals.terminated
     fate = slurm.fate(allocation.job, allocation.restart)
     if fate == "cancelled":  # scontrol requeue would bring the job back to life
-        return _refuse(run, allocation, "the job was cancelled with scancel")
+        return _refuse(run, allocation, _CANCELLED)
     if fate == "requeued":
         journal.record(run, "handoff", how="requeued by SLURM", job=allocation.job)
         return True
-    why = breaker(run, described.chain)
-    if why is not None:
-        return _refuse(run, allocation, why)
+    avoids = _keep_away(run)
+    trip = breakers.tripped(run, described.chain)
+    if trip is not None:
+        return _refuse(run, allocation, trip.why, trip.options)
     ways = {
         "requeue": [_requeue],
         "resubmit": [_resubmit],
-        "ahead": [_ahead, _requeue, _resubmit],
+        "ahead": [_requeue, _resubmit],
         "auto": [_requeue, _resubmit],
     }[described.chain.handoff]
+    if avoids:  # a job that is requeued keeps its options
+        ways = [_resubmit, *(way for way in ways if way is not _resubmit)]
+    waiting = _waiting(run, allocation)
+    if waiting:  # whatever the policy: beside them a requeued job would be one too many
+        if avoids:
+            _exclude(run, waiting)
+        journal.record(run, "handoff", how="ahead", job=waiting[0])
+        return True
+    if described.chain.handoff == "ahead":
+        journal.record(run, "handoff", how="ahead", refused="no job is waiting")
     for way in ways:
-        problem = way(run, allocation, described)
+        if (
+            signals.terminated
+            and not terminated
+            and slurm.fate(allocation.job, allocation.restart) == "cancelled"
+        ):
+            return _refuse(run, allocation, _CANCELLED)
+        problem = way(run, allocation, described, signals)
         if problem is None:
             return True
-        journal.record(run, "handoff", how=way.__name__.strip("_"), refused=problem)
-        say(f"handing over by {way.__name__.strip('_')} was refused: {problem}")
+        how = way.__name__.strip("_")
+        journal.record(run, "handoff", how=how, refused=problem)
+        say(f"handing over by {how} was refused: {problem}")
     return _refuse(run, allocation, "no way of handing over was left")
 
 
-def prepare_ahead(run: RunDir, allocation: Allocation) -> None:
-    """With ``handoff: ahead``, submit the job that goes on after this one, now.
+def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> None:
+    """End the chain here, for whoever looks and for jobs that start yet; say how to go on.
 
-    It waits in the queue while this one runs, gathers priority, and starts when this one ends; it is spared
-    the hold of a requeued job (about 121 s, the lifetime of the job's credential).
+    Args:
+        options: to be added to the command that goes on.
+    """
+    waiting = _waiting(run, allocation)  # before a person can let the chain go on
+    command = f"chainrun submit {run.experiment}{options}"
+    say(f"the chain stops here: {why}; to go on: {command}")
+    with contextlib.suppress(OSError):  # a full disk
+        write_durably(run.halted, json.dumps({"why": why, "command": command}).encode())
+        journal.record(run, "handoff", how=None, refused=why)
+    _cancel(waiting)
+
+
+def prepare(run: RunDir, allocation: Allocation) -> None:
+    """See to the jobs that go on after this one, when it starts.
+
+    They keep away from a node on which segments are killed again and again: those could not say so at their end.
+    With ``handoff: ahead`` the next one is submitted now: it waits in the queue while this one runs, gathers
+    priority, and starts when this one ends; it is spared the hold of a requeued job (about 121 s, the lifetime
+    of the job's credential).
     """
     described = experiment.load(run.experiment)
-    over = any(marker.exists() for marker in (run.done, run.failed, run.stop))
-    if described.chain.handoff != "ahead" or over or _waiting(run, allocation):
+    waiting = _waiting(run, allocation)
+    if _keep_away(run):
+        _exclude(run, waiting)
+    if described.chain.handoff != "ahead" or waiting:
         return
     why = _submit_after(run, allocation, described)
     if why is not None:
@@ -86,45 +101,92 @@ def prepare_ahead(run: RunDir, allocation: Allocation) -> None:
         say(f"the next job could not be submitted ahead: {why}")
 
 
-def tidy(run: RunDir, allocation: Allocation) -> None:
-    """Cancel the job submitted ahead: the chain has ended."""
-    for job in _waiting(run, allocation):
-        slurm.cancel(job)
+def cancelled_before(run: RunDir, allocation: Allocation) -> str | None:
+    """Return which job of the chain was cancelled with scancel, None where none was, or nobody can tell.
 
-
-def _waiting(run: RunDir, allocation: Allocation) -> list[str]:
-    """Return the run's other jobs that are in the queue."""
-    return [job for job in slurm.states(submit.jobs_of(run)) if job != allocation.job]
-
-
-def _ahead(run: RunDir, allocation: Allocation, described: experiment.Experiment) -> str | None:
-    waiting = _waiting(run, allocation)
-    if not waiting:
-        return "no job is waiting"
-    journal.record(run, "handoff", how="ahead", job=waiting[-1])
+    One that was cancelled before it could listen, or while it waited, has told nobody; the next one starts
+    all the same where it was submitted beforehand.
+    """
+    if any(marker.exists() for marker in (run.done, run.failed, run.stop, run.halted)):
+        return None
+    jobs = submit.jobs_of(run, recent=True)
+    earlier = jobs[: jobs.index(allocation.job)] if allocation.job in jobs else []
+    for job, (state, _) in slurm.states(earlier, ended=True).items():
+        if state == "CANCELLED":
+            return f"job {job} was cancelled with scancel"
     return None
 
 
-def _refuse(run: RunDir, allocation: Allocation, why: str) -> bool:
-    tidy(run, allocation)
-    journal.record(run, "handoff", how=None, refused=why)
-    say(f"the chain stops here: {why}; to go on: chainrun submit {run.experiment}")
+def tidy(run: RunDir, allocation: Allocation) -> None:
+    """Cancel the jobs that still wait: the chain has ended, as its marker says to one that starts meanwhile."""
+    _cancel(_waiting(run, allocation))
+
+
+def _cancel(waiting: list[str]) -> None:
+    answer = slurm.cancel_waiting(waiting) if waiting else slurm.Answer(True, "")
+    if not answer.ok:
+        say(
+            f"jobs {', '.join(waiting)} could not be cancelled: {answer.text}; they will leave when they start"
+        )
+
+
+def _waiting(run: RunDir, allocation: Allocation) -> list[str]:
+    """Return the run's other jobs that wait in the queue, the first to start first.
+
+    Where SLURM does not say, these are the jobs submitted since the present one was, which all start after it.
+    """
+    jobs = submit.jobs_of(run, recent=True)
+    others = [job for job in jobs if job != allocation.job]
+    queue = slurm.queue(others)
+    if queue is None:
+        return jobs[jobs.index(allocation.job) + 1 :] if allocation.job in jobs else []
+    return [job for job in others if queue.get(job, ("", ""))[0] == "PENDING"]
+
+
+def _keep_away(run: RunDir) -> bool:
+    """Exclude a node on which segments fail again and again; return whether any is newly excluded."""
+    found = breakers.suspect(run)
+    if found is None:
+        return False
+    node, failures = found
+    journal.record(run, "exclude", node=node, failures=failures)
+    say(f"{failures} segments have failed on node {node}: the next jobs keep away from it")
+    return True
+
+
+def _exclude(run: RunDir, jobs: list[str]) -> None:
+    """Keep jobs that wait away from the excluded nodes."""
+    nodes = breakers.excluded(run)
+    for job in jobs:
+        answer = slurm.exclude(job, nodes)
+        if not answer.ok:
+            say(f"job {job} could not be kept away from {', '.join(nodes)}: {answer.text}")
+
+
+def _refuse(run: RunDir, allocation: Allocation, why: str, options: str = "") -> bool:
+    halt(run, allocation, why, options)
     return False
 
 
-def _requeue(run: RunDir, allocation: Allocation, described: experiment.Experiment) -> str | None:
+def _requeue(
+    run: RunDir, allocation: Allocation, described: experiment.Experiment, signals: Signals
+) -> str | None:
     # written before it is done: on success SLURM kills this process at once
     journal.record(run, "handoff", how="requeue", job=allocation.job)
     say(f"requeueing job {allocation.job}")
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # die at once: a job that lingers is requeued later
+    # die at once: a job that lingers is requeued later, and one that is cancelled now must not come back
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     answer = slurm.requeue(allocation.job)
     if not answer.ok:
+        signals.install()
         return answer.text
     time.sleep(60)  # until SLURM kills us; an exit of our own would race with it
     return None
 
 
-def _resubmit(run: RunDir, allocation: Allocation, described: experiment.Experiment) -> str | None:
+def _resubmit(
+    run: RunDir, allocation: Allocation, described: experiment.Experiment, signals: Signals
+) -> str | None:
     why = _submit_after(run, allocation, described)
     if why is None:
         journal.record(run, "handoff", how="resubmit", job=submit.jobs_of(run)[-1])
@@ -133,8 +195,7 @@ def _resubmit(run: RunDir, allocation: Allocation, described: experiment.Experim
 
 def _submit_after(run: RunDir, allocation: Allocation, described: experiment.Experiment) -> str | None:
     try:
-        # not singleton: that does not wait for a job that is completing
-        job = submit.submit_job(run, described, dependency=f"afterany:{allocation.job}")
+        job = submit.submit_job(run, described, after=[allocation.job])
     except ClusterError as error:
         return str(error)
     say(f"submitted job {job} to go on after this one")

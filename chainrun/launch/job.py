@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,23 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
 
     leads = allocation.rank == 0 and allocation.scheduler == "slurm"
     if leads:
-        handoff.prepare_ahead(run, allocation)
-    outcome = run_segment(run, allocation, signals)
+        cancelled = handoff.cancelled_before(run, allocation)
+        if cancelled is not None:
+            handoff.halt(run, allocation, cancelled)
+            sys.exit(EXIT_STOPPED)
+    began = partial(handoff.prepare, run, allocation) if leads else lambda: None
+    outcome = run_segment(run, allocation, signals, began)
     if leads and outcome.kind in ("done", "failed", "idle"):
         handoff.tidy(run, allocation)
-    if outcome.kind in ("failed", "locked"):  # srun then ends the ranks that wait for this one
+    if outcome.kind == "halted":
+        handoff.halt(run, allocation, outcome.reason, outcome.options)
+        sys.exit(EXIT_STOPPED)
+    if outcome.kind in ("failed", "locked", "lost"):  # srun then ends the ranks that wait for this one
         sys.exit(EXIT_FAILED)
     if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
         # of a failed segment the rank that failed hands over: the others may wait for it for ever
         hands_over = allocation.rank == 0 or outcome.kind == "retry"
-        if hands_over and not handoff.hand_over(run, allocation, outcome):
+        if hands_over and not handoff.hand_over(run, allocation, outcome, signals):
             sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
     # of a local chain `chainrun run` starts the next segment
 

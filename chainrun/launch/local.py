@@ -19,11 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from chainrun import journal
+from chainrun import breakers, journal
 from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from chainrun.experiment import Experiment
-from chainrun.launch import handoff
 from chainrun.launch.job import LOCAL, Job
 from chainrun.launch.progress import Progress
 from chainrun.lock import holder
@@ -179,7 +178,7 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
         progress.write(f"the run is being trained already, by process {held['pid']}; nothing was done")
         return EXIT_USAGE
     if event is None:
-        newest = next(iter(Store(run).committed()), None)
+        newest = Store(run).latest()
         what = (
             f"the newest checkpoint is of step {newest.step}" if newest else "no checkpoint had been written"
         )
@@ -189,10 +188,10 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
     if asked.times or event.get("reason") in ("cancelled", "terminated"):
         progress.write(f"stopped at step {event['step']} with a checkpoint; {again}")
         return EXIT_STOPPED
-    why = handoff.breaker(run, described.chain)
-    if why is not None:
-        journal.record(run, "handoff", how=None, refused=why)
-        progress.write(f"the chain stops here: {why}; {again}")
+    trip = breakers.tripped(run, described.chain)
+    if trip is not None:
+        journal.record(run, "handoff", how=None, refused=trip.why)
+        progress.write(f"the chain stops here: {trip.why}; {again}{trip.options}")
         return EXIT_STOPPED
     journal.record(run, "handoff", how="local")
     return None

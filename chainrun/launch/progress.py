@@ -96,6 +96,9 @@ def _tell(event: dict[str, Any]) -> str | None:
         return f"warning: the environment has changed since the checkpoint: {'; '.join(event['changes'])}"
     if kind == "witness":
         return journal.witnessed(event)
+    if kind == "space":
+        removed = f"; removed {', '.join(event['removed'])} to make room" * bool(event["removed"])
+        return f"warning: {event['reason']}{removed}"
     if kind == "unsaved":
         return f"no checkpoint at step {event['step']}: {event['reason']}"
     if kind == "deferred":

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 
 from chainrun.allocation import Allocation
 from chainrun.errors import ClusterError
 
-TIMEOUT = 30.0  # seconds after which a SLURM command counts as hanging
+TIMEOUT = 20.0  # seconds after which a SLURM command counts as hanging
+_QUESTION = 5.0  # the same for questions, which the training asks too
+_LEAST = 1.0
+_IN_A_JOB = 5.0  # the same inside a job of which nobody says when it ends
+
+_known_end: list[float | None] = [None]  # of the job that we run in, as SLURM last said
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,29 @@ class Answer:
     text: str
 
 
-def ask(*command: str, timeout: float = TIMEOUT) -> Answer:
-    """Run a SLURM command; never raises for what SLURM does."""
+def patience(most: float = TIMEOUT) -> float:
+    """Return how many seconds one SLURM command may take.
+
+    Inside a job so few that several that hang one after the other leave time for the next way of handing over.
+    """
+    if "SLURM_JOB_ID" not in os.environ:
+        return most
+    end = _known_end[0]
+    return min(most, TIMEOUT, _IN_A_JOB if end is None else max(_LEAST, (end - time.time()) / 6))
+
+
+def ask(*command: str, most: float = TIMEOUT) -> Answer:
+    """Run a SLURM command; never raises for what SLURM does.
+
+    Args:
+        most: seconds that it may take, fewer inside a job that ends soon.
+    """
+    timeout = patience(most)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except FileNotFoundError:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            return Answer(False, f"{command[0]} cannot be run: {error.strerror}")
         return Answer(False, f"{command[0]} is not on PATH")
     except subprocess.TimeoutExpired:
         return Answer(False, f"{command[0]} did not answer within {timeout:.0f} s")
@@ -37,13 +62,16 @@ def ask(*command: str, timeout: float = TIMEOUT) -> Answer:
     return Answer(True, done.stdout)
 
 
-def need() -> None:
+def need(*commands: str) -> None:
     """Check that jobs can be submitted from here.
+
+    Args:
+        commands: those that are needed; by default what a person's submission needs.
 
     Raises:
         ClusterError: a command of SLURM is missing.
     """
-    for command in ("sbatch", "srun", "squeue", "scontrol"):
+    for command in commands or ("sbatch", "srun", "squeue", "scontrol"):
         if shutil.which(command) is None:
             raise ClusterError(
                 f"SLURM's {command} is not on PATH: submit from a login node of a SLURM cluster (a module may "
@@ -54,9 +82,14 @@ def need() -> None:
 _FIELD = re.compile(r"(?:^| )([A-Za-z][\w/:]*)=(.*?)(?= [A-Za-z][\w/:]*=|$)")
 
 
+def records(text: str) -> list[dict[str, str]]:
+    """Return the fields of each line of ``scontrol --oneliner show …``."""
+    return [dict(_FIELD.findall(line)) for line in text.splitlines() if "=" in line]
+
+
 def job_record(job: str) -> dict[str, str]:
     """Return the fields of ``scontrol show job``, empty where SLURM does not know (or tell of) the job."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job, timeout=10)
+    answer = ask("scontrol", "--oneliner", "show", "job", job, most=_QUESTION)
     lines = answer.text.splitlines() if answer.ok else []
     return dict(_FIELD.findall(lines[0])) if lines else {}
 
@@ -66,37 +99,53 @@ def end_time(job: str) -> float | None:
 
     The environment's SLURM_JOB_END_TIME (from 23.02) is not used: limits are changed while jobs run.
     """
-    end = job_record(job).get("EndTime", "")
+    end = job_record(job).get("EndTime")
+    if end is None:  # scontrol is forbidden, missing, or hangs
+        answer = ask("squeue", "--noheader", "--format=%e", "--jobs=" + job, most=_QUESTION)
+        end = answer.text.strip() if answer.ok else ""
     try:
         return datetime.datetime.fromisoformat(end).timestamp()
-    except ValueError:  # Unknown, NONE
+    except ValueError:  # Unknown, NONE, N/A
         return None
 
 
-def states(jobs: list[str]) -> dict[str, tuple[str, str]]:
-    """Return {job id: (state, reason)} of the jobs that are in the queue."""
+def states(jobs: list[str], *, ended: bool = False) -> dict[str, tuple[str, str]]:
+    """Return {job id: (state, reason)} of the jobs that are in the queue.
+
+    Args:
+        ended: also those that have ended and that SLURM still remembers (MinJobAge, 300 s).
+    """
+    return queue(jobs, ended=ended) or {}
+
+
+def queue(jobs: list[str], *, ended: bool = False) -> dict[str, tuple[str, str]] | None:
+    """Return what `states` does, but None where SLURM gives no answer."""
     if not jobs:
         return {}
-    answer = ask("squeue", "--noheader", "--format=%i|%T|%r", "--jobs=" + ",".join(jobs))
+    which = ["--states=all"] if ended else []
+    answer = ask("squeue", "--noheader", "--format=%i|%T|%r", *which, "--jobs=" + ",".join(jobs))
     if not answer.ok:  # an unknown job id among several is no error, a single one is
-        return {}
+        return {} if "Invalid job id" in answer.text else None
     rows = (line.strip().split("|") for line in answer.text.splitlines())
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
 def allocation() -> Allocation:
     """Return this process's place in the SLURM job that it runs in."""
+    from submitit.slurm.slurm import SlurmJobEnvironment  # parses SLURM's short form of lists of nodes
+
     env = os.environ
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     nodes = int(env.get("SLURM_JOB_NUM_NODES", "1"))
     ranks = int(env.get("SLURM_NTASKS", "1"))
-    last: list[float | None] = [None]
+    with contextlib.suppress(KeyError, ValueError):
+        _known_end[0] = float(env["SLURM_JOB_END_TIME"])  # from 23.02; a first guess, limits are changed
 
     def end() -> float | None:
-        last[0] = end_time(job) or last[0]  # SLURM may be too busy to answer; the last answer holds
-        return last[0]
+        _known_end[0] = end_time(job) or _known_end[0]  # SLURM may be too busy to answer; the last one holds
+        return _known_end[0]
 
     return Allocation(
         rank=int(env.get("SLURM_PROCID", "0")),
@@ -107,6 +156,10 @@ def allocation() -> Allocation:
         scheduler="slurm",
         job=job,
         restart=int(env.get("SLURM_RESTART_COUNT", "0")),
+        nodes=tuple(SlurmJobEnvironment().hostnames),
+        node_name=env.get("SLURMD_NODENAME", ""),
+        gpus=nodes * int(env.get("SLURM_GPUS_ON_NODE") or 0),
+        ended=lambda earlier: states([earlier], ended=True).get(earlier, ("", ""))[0],
         end=end,
     )
 
@@ -120,18 +173,42 @@ def cancel(job: str) -> Answer:
     return ask("scancel", job)
 
 
+def cancel_waiting(jobs: list[str]) -> Answer:
+    """Cancel those of the jobs that wait; one that has just started is left to see for itself what to do."""
+    return ask("scancel", "--state=PENDING", *jobs)
+
+
+def exclude(job: str, nodes: list[str]) -> Answer:
+    """Keep a waiting job away from nodes."""
+    return ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(nodes)}")
+
+
+def held(job: str, state: str, reason: str) -> str | None:
+    """Return what is to be done about a job that waits for a person, None where it waits for something else."""
+    reason = reason.replace("_", " ")
+    if state != "PENDING" or not re.search("held|too many requeues", reason, re.IGNORECASE):
+        return None
+    who = "; only an administrator may, or the one who held it" if "HeldAdmin" in reason else ""
+    return f"job {job} is held ({reason}) and will not start by itself; to let it go on: scontrol release {job}{who}"
+
+
 def fate(job: str, restart: int) -> str | None:
     """Return what SLURM has decided about the job that runs us: ``cancelled``, ``requeued``, or None.
 
-    While a job is dying its base state is hidden: squeue and scontrol say COMPLETING for a cancel, a requeue
-    and a reached limit alike (measured on 22.05.8). They differ in Reason and in the count of restarts.
+    While a job is dying its base state is hidden: squeue and scontrol say COMPLETING for a cancel, a requeue,
+    a reached limit and a preemption that cancels alike (measured on 22.05.8 and 24.11.5). They differ in Reason,
+    in the count of restarts and in PreemptTime.
     """
     record = job_record(job)
+    if not record:  # scontrol is forbidden, missing, or hangs
+        state, reason = states([job]).get(job, ("", ""))
+        record = {"JobState": state, "Reason": reason}
     state = record.get("JobState", "")
     if state.startswith("CANCELLED"):
         return "cancelled"
     if int(record.get("Restarts", restart)) > restart:
         return "requeued"
-    if state == "COMPLETING" and record.get("Reason") != "TimeLimit":
+    preempted = record.get("PreemptTime", "None") != "None"
+    if state == "COMPLETING" and record.get("Reason") != "TimeLimit" and not preempted:
         return "cancelled"
     return None

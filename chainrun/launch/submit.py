@@ -5,19 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
+import subprocess
+import sys
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainrun import experiment, function, journal
+from chainrun import breakers, experiment, function, journal
 from chainrun.errors import ClusterError, ExperimentError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
-from chainrun.rundir import RunDir, write_durably
+from chainrun.rundir import RunDir, fsync_file, write_durably
 
+_SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
+_TIMED_OUT = 124  # what timeout(1) ends with
+# A warning that comes before Python listens would kill it: so it is ignored, the job's end is asked for anyway.
+# exec, since under proctrack/cgroup only the first process of a rank gets signals at all.
+_PYTHON = f"""/bin/sh -c 'trap "" USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
 LEAST_LEAD, MOST_LEAD = 10.0, 120.0  # seconds that SLURM's own warning comes before the end, where lead: auto
 
 
@@ -53,16 +62,22 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
             f"{run.path} is being trained now, by job {held['job']} on {held['host']}; `chainrun status "
             f"{run.path}` shows it, `chainrun cancel {run.path}` ends it"
         )
+    if (
+        run.halted.exists()
+    ):  # jobs that were submitted beforehand and that nobody could cancel would join the chain
+        slurm.cancel_waiting(jobs_of(run))
     alive = slurm.states(jobs_of(run))
     if alive:
         job, (state, reason) = next(iter(alive.items()))
+        waits = slurm.held(job, state, reason)
         raise UsageError(
             f"{run.path} has job {job} in the queue ({state}, {reason}); `chainrun cancel {run.path}` removes it"
+            + f"; {waits}" * bool(waits)
         )
     run.create()
     if changes:
         write_durably(run.experiment, experiment.to_yaml(described).encode())
-    for marker in (run.stop, run.failed):
+    for marker in (run.stop, run.failed, run.halted):
         marker.unlink(missing_ok=True)
     journal.record(run, "continue", changes=changes)
     return run, "continued"
@@ -71,13 +86,19 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
 def create(run: RunDir, described: Experiment) -> None:
     """Make the run directory of an experiment, with the experiment frozen in it."""
     run.create()
-    write_durably(run.experiment, experiment.to_yaml(described).encode())
     journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
+    fsync_file(run.journal)  # the id is for the run's whole life
+    write_durably(run.experiment, experiment.to_yaml(described).encode())  # last: it makes this a run
 
 
-def jobs_of(run: RunDir) -> list[str]:
-    """Return the ids of the SLURM jobs that were submitted for a run, newest last."""
-    submitted = journal.events(run, "submitted", "handoff")
+def jobs_of(run: RunDir, *, recent: bool = False) -> list[str]:
+    """Return the ids of the SLURM jobs that were submitted for a run, newest last.
+
+    Args:
+        recent: only those since a person last let the chain go on.
+    """
+    events = breakers.since_a_person_looked(run) if recent else journal.events(run)
+    submitted = [event for event in events if event["event"] in ("submitted", "handoff")]
     jobs = [str(event["job"]) for event in submitted if event.get("job")]
     return list(dict.fromkeys(jobs))
 
@@ -105,6 +126,9 @@ def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any
 
     check(described)
     options = described.slurm
+    extra = {key: value for key, value in options.extra.items() if value is not False}
+    exclude = [str(extra.pop("exclude"))] if "exclude" in extra else []
+    exclude += breakers.excluded(run)
     assert options.time is not None
     parameters: dict[str, Any] = {
         "job_name": described.name,
@@ -115,6 +139,7 @@ def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any
         "gpus_per_node": options.gpus_per_node or None,
         "partition": options.partition,
         "dependency": dependency,
+        "exclude": ",".join(exclude) or None,
         "signal_delay_s": warning(described),
         "wckey": None,
         # the same order of sets in every segment; then the experiment's own lines
@@ -122,10 +147,19 @@ def _executor(run: RunDir, described: Experiment, dependency: str | None) -> Any
         "srun_args": ["--kill-on-bad-exit=1"],  # a rank that failed must not leave the others waiting
         "additional_parameters": {
             "requeue": True,  # submitit does not pass it, and sites may default to no
-            **{key: value for key, value in options.extra.items() if value is not False},
+            **extra,
         },
     }
-    executor = submitit.SlurmExecutor(folder=run.jobs, max_num_timeout=1_000_000)
+
+    limit = slurm.patience(_SBATCH)
+
+    class Executor(submitit.SlurmExecutor):
+        """submitit's, whose sbatch could hang for ever."""
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            return ["timeout", f"{limit:.1f}", *super()._make_submission_command(submission_file_path)]
+
+    executor = Executor(folder=run.jobs, max_num_timeout=1_000_000, python=_PYTHON)
     executor.update_parameters(
         **{key: value for key, value in parameters.items() if value is not None or key == "wckey"}
     )
@@ -138,24 +172,63 @@ def script(run: RunDir, described: Experiment) -> str:
     return str(executor._make_submission_file_text(executor._submitit_command_str, "dry-run"))
 
 
-def submit_job(run: RunDir, described: Experiment, dependency: str | None = None) -> str:
+def rehearse(run: RunDir, described: Experiment) -> slurm.Answer:
+    """Ask SLURM whether it would take the job of `submit_job`, and when it would start; submits nothing."""
+    with tempfile.NamedTemporaryFile("w", prefix="chainrun-", suffix=".sh") as file, _outside_of_any_job():
+        file.write(script(run, described))
+        file.flush()
+        # what it has to say is on standard error, whether it would take the job or not
+        return slurm.ask("/bin/sh", "-c", 'exec sbatch --test-only "$0" 2>&1', file.name)
+
+
+def submit_jobs(run: RunDir, described: Experiment, count: int) -> list[str]:
+    """Submit a chain of jobs, each to start after all those before it; return their ids.
+
+    A later one that SLURM refuses is no error: the first ones are the chain then, and hand over as any job does.
+
+    Raises:
+        ClusterError: SLURM is missing, or refuses the first job.
+    """
+    slurm.need()
+    jobs: list[str] = []
+    for _ in range(count):
+        try:
+            jobs.append(submit_job(run, described, after=jobs))
+        except ClusterError as error:
+            if not jobs:
+                raise
+            print(f"chainrun: {len(jobs)} of {count} jobs were submitted: {error}", file=sys.stderr)
+            break
+    return jobs
+
+
+def submit_job(run: RunDir, described: Experiment, after: Sequence[str] = ()) -> str:
     """Submit one job that carries the run on; return its id.
+
+    Args:
+        after: jobs that must have ended before it starts, however they end.
 
     Raises:
         ClusterError: SLURM is missing or refuses.
     """
-    slurm.need()
-    executor = _executor(run, described, dependency)
+    slurm.need("sbatch", "srun")
+    # not singleton: that does not wait for a job that is completing
+    executor = _executor(run, described, f"afterany:{':'.join(after)}" if after else None)
     with _outside_of_any_job():
         try:
             job = executor.submit(Job(str(run.path)))
         except Exception as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ClusterError(
-                f"sbatch refused the job: {lines[-1] if lines else error}; `--dry-run` shows the script"
-            ) from error
+            raise ClusterError(_why_refused(error)) from error
     journal.record(run, "submitted", job=str(job.job_id))
     return str(job.job_id)
+
+
+def _why_refused(error: Exception) -> str:
+    failed = error.__cause__
+    if isinstance(failed, subprocess.CalledProcessError) and failed.returncode == _TIMED_OUT:
+        return f"sbatch did not answer within {failed.cmd[1]} s"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"sbatch refused the job: {lines[-1] if lines else error}; `--dry-run` shows the script"
 
 
 @contextlib.contextmanager

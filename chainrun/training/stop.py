@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 
 TICK = 0.1  # seconds between two looks of the watch
 REREAD_END = 60.0  # seconds between two questions for the job's end: limits are changed while jobs run
+ASK_AGAIN = 2.0  # seconds for which an answer holds when the end seems to have come
 FAR = 90.0  # a warning signal that comes this long before the job's end is not the walltime's
 
 
@@ -99,6 +100,9 @@ class Pace:
     save_seconds: float = 0.0
     """Of the slowest recent save; 0 while none was made."""
 
+    def note_save(self, seconds: float) -> None:
+        self.save_seconds = max(seconds, 0.8 * self.save_seconds)
+
 
 class Watch:
     """The side thread of one rank.
@@ -110,6 +114,7 @@ class Watch:
         every: seconds between two periodic saves, None for none.
         lead: seconds before the job's end at which to stop, None to work it out from the pace.
         passed: the number of boundaries this rank has passed.
+        saving: whether a save is under way.
         beat: called about once a second, with a wish's kind or None.
         agreement: None for a single rank.
         wall, monotonic: the clocks.
@@ -125,6 +130,7 @@ class Watch:
         lead: float | None,
         passed: Callable[[], int],
         first_save: Callable[[], float],
+        saving: Callable[[], bool],
         beat: Callable[[], None],
         agreement: Agreement | None,
         leads: bool,
@@ -137,7 +143,7 @@ class Watch:
         self.pace = pace
         self._signals, self._end_of_job, self._stop_file = signals, end, stop_file
         self._every, self._lead, self._passed, self._first_save = every, lead, passed, first_save
-        self._beat, self._agreement, self._leads = beat, agreement, leads
+        self._saving, self._beat, self._agreement, self._leads = saving, beat, agreement, leads
         self._wall, self._monotonic = wall, monotonic
         self._over = threading.Event()
         self._decided = threading.Event()
@@ -150,6 +156,7 @@ class Watch:
         self._began = self._last_save = self._moved = self._beaten = now
         self._seen = 0
         self._end: float | None = None  # on the monotonic clock, which does not jump
+        self._said: float | None = None  # the same in seconds since the epoch, as it was answered
         self._end_read = -REREAD_END
         self._stop_looked = 0.0
         self._warned = False
@@ -179,10 +186,9 @@ class Watch:
         self.pending = False
         return wish
 
-    def saved(self, seconds: float) -> None:
-        """A save has been made."""
+    def saved(self) -> None:
+        """The training goes on after a save; the time it took is no gap between two boundaries."""
         self._last_save = self._moved = self._monotonic()
-        self.pace.save_seconds = max(seconds, 0.8 * self.pace.save_seconds)
 
     def time_left(self) -> float:
         """Seconds until the job is killed; infinite where it has no limit."""
@@ -212,9 +218,17 @@ class Watch:
 
     def _observe(self) -> None:
         now = self._monotonic()
-        if now - self._end_read >= REREAD_END or (self._signals.warned and not self._warned):
+        warned = self._signals.warned and not self._warned
+        due = (
+            self.time_left() <= self.lead() and now - self._end_read >= ASK_AGAIN
+        )  # it may have been put off
+        if warned or due or now - self._end_read >= REREAD_END:
             self._warned = self._signals.warned
             self._read_end()
+            if (
+                warned and self.time_left() <= FAR + self.lead()
+            ):  # the walltime's: from here on the clock decides
+                self._signals.warned = self._warned = False
         passed = self._passed()
         if passed != self._seen:
             if self._seen:  # what comes before the first boundary is warm-up, not a gap
@@ -228,6 +242,9 @@ class Watch:
         now = self._monotonic()
         self._end_read = now
         end = self._end_of_job()
+        if end is not None and end == self._said:
+            return  # whatever the wall clock has done since
+        self._said = end
         self._end = None if end is None else now + (end - self._wall())
 
     def _local_wish(self) -> Wish | None:
@@ -241,10 +258,10 @@ class Watch:
         left = self.time_left()
         if left <= self.lead():
             return Wish("stop", "walltime")
-        # The walltime's own warning comes up to a minute early and only once: the clock decides then.
-        if self._signals.warned and left > FAR + self.lead():
+        if self._signals.warned and self._warned:  # not the walltime's
             return Wish("stop", "signal")
-        if self._leads and self._every is not None and now - self._last_save >= self._every:
+        due = self._leads and self._every is not None and now - self._last_save >= self._every
+        if due and not self._saving():  # the one under way is on rank 0 until every rank is done
             return Wish("save", "periodic")
         return None
 

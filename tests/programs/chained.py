@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +18,35 @@ import fingerprint
 import parts
 
 
-def train(run: chainrun.Run, trace: str, epochs: int, nap: float = 0.0, fail_at: int = 0, slow_at: int = 0):
+def spoil(run: chainrun.Run, steps: int, how: str, after: int = 1, node: str | None = None) -> None:
+    """Do something bad after so many steps of this segment, on one node only where it is named."""
+    if steps == after and node in (None, os.environ.get("SLURMD_NODENAME")):
+        if how == "raised":
+            raise ValueError(f"planted after {steps} steps")
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "full":  # no room for a checkpoint
+            disk = os.statvfs(run.dir)
+            (run.dir / "filler").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 8192))
+        if how == "cancelled" and not run.resumed:
+            subprocess.Popen(["scancel", os.environ["SLURM_JOB_ID"]])
+        if how == "signals" and not run.resumed:
+            for number in (signal.SIGUSR2, signal.SIGTERM) * 2:
+                os.kill(os.getpid(), number)
+        if how == "warned" and not run.resumed:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def train(
+    run: chainrun.Run,
+    trace: str,
+    epochs: int,
+    nap: float = 0.0,
+    fail_at: int = 0,
+    slow_at: int = 0,
+    trouble: dict | None = None,
+):
+    steps = 0
     ddp = run.world_size > 1
     if ddp:
         torch.distributed.init_process_group("gloo")
@@ -42,6 +73,9 @@ def train(run: chainrun.Run, trace: str, epochs: int, nap: float = 0.0, fail_at:
             fingerprint.trace(path, run.global_step + 1, batch, loss, model, optimizer)
             time.sleep(nap)
             run.step(loss=loss)
+            steps += 1
+            if trouble:
+                spoil(run, steps, **trouble)
             if fail_at and run.global_step == fail_at:
                 raise ValueError(f"planted at step {fail_at}")
         scheduler.step()
