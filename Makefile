@@ -3,13 +3,17 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format setup slurm clean
+.PHONY: demo test crash check format setup slurm clean
 
 demo: setup            ## train the digits example as a chain and compare it bit for bit
 	$(BIN)/chainrun demo
 
 test: setup slurm      ## all tests; those that need SLURM are skipped where it cannot be installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some dozens of each
+	CHAINRUN_KILLS=1000 CHAINRUN_CUTS=5000 $(BIN)/python -m pytest -n 2 -rP $(ARGS) \
+	  tests/test_crash.py tests/test_power.py tests/test_faults.py
 
 check: setup           ## format, lint, strict types, layer contracts
 	$(BIN)/ruff format --check . slurm/cluster

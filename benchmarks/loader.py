@@ -3,14 +3,17 @@
     python benchmarks/loader.py [--rounds 9] [--batches 40] [--workers 2]
 
 Each round draws the same epoch of augmented images (random crop, flip and noise of 3 x 224 x 224, batches of
-32) from both loaders, the first one by turns; the time is that from the first batch to the last. Prints the
-batches per second of each and the median of the rounds' ratios; above 1 chainrun is slower.
+32) from both loaders, the first one by turns; the time is that from the first batch to the last, the processor
+time that of the process and of its workers from their start to their end. Prints the batches per second and
+the processor time a batch of each, and the median of the rounds' ratios; above 1 chainrun costs more.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import random
+import resource
 import statistics
 import tempfile
 import time
@@ -43,15 +46,22 @@ class Images(torch.utils.data.Dataset[torch.Tensor]):
         return image + torch.randn(3, 1, 1) * 0.1
 
 
-def seconds(loader: Iterable[torch.Tensor], run: chainrun.Run | None) -> float:
-    """Go through an epoch; return the time from the first batch to the last."""
-    began = 0.0
+def measured(loader: Iterable[torch.Tensor], run: chainrun.Run | None) -> tuple[float, float]:
+    """Go through an epoch; return the time from the first batch to the last, and the processor time of it all."""
+    before, began = _processor(), 0.0
     for batch in loader:
         began = began or time.perf_counter()
         batch.sum()
         if run is not None:
             run.step()
-    return time.perf_counter() - began
+    took = time.perf_counter() - began
+    gc.collect()  # the workers end with the iterator, and count when they have ended
+    return took, _processor() - before
+
+
+def _processor() -> float:
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in spent)
 
 
 def main() -> None:
@@ -68,24 +78,27 @@ def main() -> None:
     arguments: dict[str, Any] = {"batch_size": 32, "shuffle": True, "num_workers": options.workers}
     plain = torch.utils.data.DataLoader(images, **arguments)
     ours = chainrun.DataLoader(images, **arguments)
-    times: dict[str, list[float]] = {"torch": [], "chainrun": []}
+    times: dict[str, list[tuple[float, float]]] = {"torch": [], "chainrun": []}
     with tempfile.TemporaryDirectory() as folder:
         run = chainrun.Run(folder)
         run.register(loader=ours)
         for turn in run.epochs(options.rounds + 1):
             order = ["torch", "chainrun"] if turn % 2 else ["chainrun", "torch"]
             for name in order:
-                took = seconds(plain, None) if name == "torch" else seconds(ours, run)
+                took = measured(plain, None) if name == "torch" else measured(ours, run)
                 if turn:  # the first round warms up
                     times[name].append(took)
     for name, rounds in times.items():
+        wall, processor = (statistics.median(each) for each in zip(*rounds, strict=True))
         print(
-            f"{name:9} {(options.batches - 1) / statistics.median(rounds):8.1f} batches/s (median of {len(rounds)})"
+            f"{name:9} {(options.batches - 1) / wall:8.1f} batches/s, {processor / options.batches * 1e3:6.2f} ms of "
+            f"processor time a batch (medians of {len(rounds)})"
         )
-    ratios = sorted(a / b for a, b in zip(times["chainrun"], times["torch"], strict=True))
-    print(
-        f"chainrun / torch, time: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})"
-    )
+    for place, what in enumerate(("time", "processor time")):
+        ratios = sorted(a[place] / b[place] for a, b in zip(times["chainrun"], times["torch"], strict=True))
+        print(
+            f"chainrun / torch, {what}: {statistics.median(ratios):.3f} (from {ratios[0]:.3f} to {ratios[-1]:.3f})"
+        )
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def _final(run: RunDir) -> Committed:
 def compare(a: Committed, b: Committed) -> Iterator[tuple[str, bool, int]]:
     """Yield (what, whether identical, how many leaves) for each thing that two checkpoints hold."""
     from chainrun.checkpoint import image
+    from chainrun.checkpoint.bits import fingerprint
     from chainrun.checkpoint.store import rank_file
-    from chainrun.training.record import fingerprint
 
     for rank in range(a.manifest["world_size"]):
         one, other = (image.read(c.path / rank_file(rank)) for c in (a, b))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import cut, cut_everywhere, digest, marks, plain, sweep
+from chain import cut, cut_everywhere, digest, marks, plain, sweep, sweep_boundaries
 from torch.utils import data
 
 import chainrun
@@ -198,8 +200,10 @@ def collate(items: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(items) + np.random.rand()
 
 
-def training(dataset: Any, epochs: int = 4, most: int | None = None, **options: Any) -> Any:
-    """Return a training that leaves every pass after `most` batches.
+def training(
+    dataset: Any, epochs: int = 4, most: int | None = None, between: bool = False, **options: Any
+) -> Any:
+    """Return a training that leaves every pass after `most` batches, with a boundary `between` epochs if told.
 
     Its own draws are torch's: a data set without state that is read in this process may not share them.
     """
@@ -220,6 +224,8 @@ def training(dataset: Any, epochs: int = 4, most: int | None = None, **options: 
                 if most and run.global_step % most == 0:
                     break
             run.log(after=torch.rand(()))
+            if between:
+                run.poll()
         return digest(model.state_dict(), optimizer.state_dict())
 
     return train
@@ -369,6 +375,106 @@ def test_an_epoch_set_from_outside_is_exact() -> None:
     cut_everywhere(train)
 
 
+LIVING: list[dict[str, Any]] = [{}, {"num_workers": 1, "persistent_workers": True}]
+
+
+class InPlace(data.IterableDataset):
+    """Shuffles its list in place: every epoch begins with the order of the last one."""
+
+    def __init__(self, length: int = 8) -> None:
+        self.generator = np.random.RandomState(3)
+        self.files = [f"folder/{n}" for n in range(length)]
+
+    def __iter__(self) -> Any:
+        self.generator.shuffle(self.files)
+        for file in self.files[:8]:
+            yield torch.full((4,), float(file.split("/")[1])).double()
+
+
+class Inner(data.IterableDataset):
+    """Counts its passes in objects inside."""
+
+    def __init__(self) -> None:
+        self.source = data.ChainDataset([Buffered(4, quiet=True), Buffered(5, quiet=True)])
+
+    def __iter__(self) -> Any:
+        yield from self.source
+
+
+class Slotted:
+    """A sum in a slot."""
+
+    __slots__ = ("total",)
+
+    def __init__(self) -> None:
+        self.total = 0.0
+
+
+class Kinds(data.IterableDataset):
+    """Keeps something of each kind over the epochs."""
+
+    def __init__(self) -> None:
+        self.weights, self.tensor = np.zeros(4), torch.zeros(4).double()
+        self.last: Any = collections.deque([0.0], maxlen=3)
+        self.counts: dict[Any, Any] = {"passes": 0, ("pair", 1): [torch.zeros(2)]}
+        self.seen: set[int] = set()
+        self.phase, self.pair, self.slotted = "first", (0, 1.0), Slotted()
+
+    def __iter__(self) -> Any:
+        if self.counts["passes"] == 2:
+            self.phase = "later"
+        for n in range(8):
+            self.weights += n
+            self.tensor.add_(0.5)
+            self.last.append(self.weights.sum())
+            self.seen.add(n * self.counts["passes"] % 5)
+            self.counts["pair", 1][0] += 1
+            self.pair = (self.pair[0] + 1, self.pair[1] * 0.5)
+            self.slotted.total += sum(self.last)
+            found = [
+                *self.last,
+                len(self.seen),
+                self.counts["pair", 1][0].sum(),
+                *self.pair,
+                self.slotted.total,
+            ]
+            offset = float(sum(found)) + (self.phase == "later")
+            yield torch.from_numpy(self.weights.copy()) + self.tensor + offset
+        self.counts["passes"] += 1
+
+
+@pytest.mark.parametrize("options", LIVING, ids=["process", "worker"])
+@pytest.mark.parametrize("dataset", [InPlace, Inner, Kinds])
+def test_attributes_that_live_over_the_epochs_are_exact_at_every_cut(dataset: Any, options: Any) -> None:
+    """The order of a list, sums in arrays, counters of objects inside: also cut between two epochs."""
+    sweep_boundaries(training(dataset, between=True, **options), 16)
+
+
+@pytest.mark.parametrize("options", LIVING, ids=["process", "worker"])
+def test_a_long_list_that_has_changed_is_refused_between_epochs_too(options: Any) -> None:
+    """It is not saved, and no item of the next epoch would tell. As long as it has not changed a cut is exact."""
+    train = training(lambda: InPlace(20_000), between=True, **options)
+    reference = plain(train)
+    for boundary in (1, 3):  # inside the first epoch
+        assert reference.difference(cut(train, after=(boundary,))) is None
+    with pytest.raises(RestoreError, match="'files' of the iterable data set InPlace had changed"):
+        cut(train, after=(4,))
+    train = training(InPlaceOnce, between=True, **options)
+    assert plain(train).difference(cut(train, after=(2, 2, 3))) is None
+
+
+class InPlaceOnce(InPlace):
+    """The long list is data: a pass works on a copy."""
+
+    def __init__(self) -> None:
+        super().__init__(20_000)
+
+    def __iter__(self) -> Any:
+        files = self.files[:8]
+        self.generator.shuffle(files)
+        yield from (torch.full((4,), float(file.split("/")[1])).double() for file in files)
+
+
 # ---- refused -----------------------------------------------------------------------------------------
 
 
@@ -388,38 +494,21 @@ def test_data_that_does_not_repeat_itself_is_refused_at_resume() -> None:
         cut([quiet, training(lambda: Different(quiet=False))], (2,))
 
 
-class InPlace(data.IterableDataset):
-    """Shuffles its list in place: every epoch begins with the order of the last one."""
+class Hidden(data.IterableDataset):
+    """Counts its passes where nobody looks."""
 
     def __init__(self) -> None:
-        self.generator = np.random.RandomState(3)
-        self.files = [f"file {n}" for n in range(8)]
+        self.passes = itertools.count()
 
     def __iter__(self) -> Any:
-        self.generator.shuffle(self.files)
-        for file in self.files:
-            yield torch.full((4,), float(file.split()[1])).double()
+        number = next(self.passes)
+        yield from torch.full((8, 4), float(number)).double()
 
 
-class Inner(data.IterableDataset):
-    """Counts its passes in an object inside."""
-
-    def __init__(self) -> None:
-        self.source = data.ChainDataset([Buffered(4, quiet=True), Buffered(5, quiet=True)])
-
-    def __iter__(self) -> Any:
-        yield from self.source
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"num_workers": 1, "persistent_workers": True}], ids=["process", "worker"]
-)
-@pytest.mark.parametrize("dataset", [InPlace, Inner])
-def test_data_that_repeats_its_draws_and_not_its_items_is_refused_at_resume(
-    dataset: Any, options: Any
-) -> None:
+@pytest.mark.parametrize("options", LIVING, ids=["process", "worker"])
+def test_data_that_repeats_its_draws_and_not_its_items_is_refused_at_resume(options: Any) -> None:
     """What lives over the epochs without being saved shows in the items, where the random streams agree."""
-    train = training(dataset, **options)
+    train = training(Hidden, **options)
     assert plain(train).difference(cut(train, (2,))) is None
     with pytest.raises(RestoreError, match="did not repeat the batches"):
         cut(train, (5,))

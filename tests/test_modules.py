@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from chain import cut, cut_everywhere, digest, marks, sweep, sweep_boundaries
+from chain import cut, cut_everywhere, digest, marks, plain, sweep, sweep_boundaries
 from test_training_objects import STEPS, small, training, updating
 from torch import nn, optim
 from torch.optim import swa_utils
@@ -358,3 +360,94 @@ def test_settings_that_are_no_numbers() -> None:
         return digest(model.state_dict())
 
     sweep(train, 8, quick=True)
+
+
+class Remembering(nn.Module):
+    """Keeps state where state_dict() does not look; `flags` has one thing of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(3, 3)
+        self.running = torch.zeros(3)
+        self.alias = self.running
+        self.history: list[Any] = []
+        self.shared = self.history
+        self.limits = (0.0, 1.0)
+        self.counts = {"calls": 0, "last": torch.zeros(3)}
+        self.seen: set[int] = set()
+        self.hidden = None
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+        self.register_buffer("scale", torch.ones(3), persistent=False)
+        self.register_buffer("constant", torch.ones(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.line(x)
+        with torch.no_grad():
+            self.running.mul_(0.9).add_(x.mean(0))
+            self.mean.data.mul_(0.5).add_(x.mean(0))  # no version tells
+            self.scale.numpy()[0] += 0.25
+        self.history.append(float(x.detach().sum()))
+        self.limits = (self.limits[0] - 0.1, max(self.limits[1], self.history[-1]))
+        self.counts["calls"] += 1
+        self.counts["last"] = x.detach()[0]
+        self.seen.add(len(self.history) % 5)
+        if self.hidden is not None:
+            x = x + 0.1 * self.hidden.detach()
+        self.hidden = x.mean(0)  # with what it was computed from
+        if len(self.history) > 3:
+            self.late = [self.running * 2, "late"]
+        x = x + self.alias + self.mean * self.scale + self.counts["last"] + len(self.shared) / 10
+        return x * self.limits[1] + len(self.seen) + (self.late[0] if hasattr(self, "late") else 0)
+
+
+def test_attributes_of_modules_that_have_changed() -> None:
+    """Tensors, lists, tuples, dicts and sets, buffers written to unnoticed: exact, and shared where they were."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = nn.Sequential(Remembering(), nn.Linear(3, 1))
+        optimizer = optim.SGD(model.parameters(), lr=1e-3)
+        run.register(model=model, optimizer=optimizer)
+        step = updating(model, optimizer)
+        for n in run.steps(10):
+            x = torch.randn(4, 3)
+            if n == 6:
+                model[0].running = torch.ones(3)  # no longer shared
+            kept = {**vars(model[0]), **model[0]._buffers}
+            names = ("running", "history", "limits", "mean", "scale", "hidden")
+            found = [kept[name] for name in names]
+            assert model[0].shared is model[0].history
+            assert (model[0].alias is model[0].running) == (n < 6)
+            run.step(loss=step(n, x), **marks((x, found), model, optimizer))
+        return digest(model.state_dict())
+
+    sweep(train, 10)
+
+
+def test_attributes_that_have_not_changed_are_not_saved() -> None:
+    """A table of a module's own, its sizes, the weights of a recurrent layer: a checkpoint gets nothing new."""
+    model = nn.Sequential(Remembering(), nn.LSTM(3, 3), nn.Conv2d(1, 1, 3))
+    model[0].table = {n: str(n) for n in range(1000)}
+    adapted = adapt("model", model)
+    before = adapted.extra()["attributes"]
+    optimizer = optim.SGD(model[1].parameters(), lr=0.1)
+    model[1](torch.ones(2, 3))[0].sum().backward()
+    optimizer.step()
+    assert before["values"] == adapted.extra()["attributes"]["values"] == {}
+
+
+def test_attributes_of_other_kinds_are_as_they_were_built() -> None:
+    """An array, a deque, an object, a list that holds itself: neither saved nor in the way."""
+
+    def train(run: Any, DataLoader: Any) -> list[Any]:
+        model = nn.Linear(3, 1)
+        model.array, model.deque, model.thing = np.zeros(3), collections.deque([1]), object()  # type: ignore[assignment]
+        model.loop = []  # type: ignore[assignment]
+        model.loop.append(model.loop)  # type: ignore[operator]
+        run.register(model=model)
+        for _ in run.steps(4):
+            model.array += 1  # type: ignore[operator]
+            model.deque.append(2)  # type: ignore[operator]
+        return [model.array.tolist(), list(model.deque)]  # type: ignore[operator,arg-type]
+
+    assert plain(train).result == [[4.0] * 3, [1, 2, 2, 2, 2]]
+    assert cut(train, (1, 3)).result == [[1.0] * 3, [1, 2]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -23,6 +25,7 @@ from hypothesis import strategies as st
 
 from chainrun import journal
 from chainrun.checkpoint import image, state, writer
+from chainrun.checkpoint.public import Checkpoint
 from chainrun.checkpoint.store import FORMAT, MANIFEST, Store, flaw, rank_file, read_committed, seal
 from chainrun.errors import CheckpointError, RegisterError, RestoreError
 from chainrun.rundir import RunDir, append_lines, read_lines
@@ -122,6 +125,11 @@ def from_the_future(path: Path) -> None:
     (path / MANIFEST).write_bytes(seal({**manifest, "format": FORMAT + 1}))
 
 
+def from_the_past(path: Path) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_bytes(seal({**manifest, "format": FORMAT - 1}))
+
+
 def tear_manifest(path: Path) -> None:
     os.truncate(path / MANIFEST, 40)
 
@@ -135,7 +143,8 @@ DAMAGES = {
     truncate: r"rank-00000.pt has \d+ bytes instead of \d+",
     lose: r"rank-00000.pt: No such file or directory",
     flip_weights: r"the content of rank-00000.pt has changed since it was written",
-    from_the_future: r"it has format 2, this chainrun reads up to 1: use the chainrun that wrote it, or a newer one",
+    from_the_future: rf"it has format {FORMAT + 1}, written by a newer chainrun; this one reads format {FORMAT}: go on with .*",
+    from_the_past: rf"it has format {FORMAT - 1}, written by an older chainrun; this one reads format {FORMAT}: go on with .*",
     tear_manifest: r"it holds no valid manifest.json",
     flip_manifest: r"the content of manifest.json has changed since it was written",
 }
@@ -186,6 +195,21 @@ def test_with_no_checkpoint_left_to_trust_the_run_says_so_and_does_not_begin_aga
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_with_all_checkpoints_removed_the_run_says_so_and_does_not_begin_again(tmp_path):
+    """As a purge of old files may leave it: the metrics stay, and with the checkpoints back it goes on."""
+    train(tmp_path, 7, during=lambda run: run.log(index=run.global_step))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(
+        RestoreError, match=r"holds no checkpoint, but one was committed at step 6 .* does not begin again by"
+    ):
+        train(tmp_path, 9)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "away").rename(tmp_path / "checkpoints")
+    assert train(tmp_path, 9).run.restored_from.step == 6
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run with checkpoints at the steps 3 and 6, to be copied."""
@@ -211,13 +235,48 @@ def test_no_flipped_bit_is_ever_restored(trained, name, at, bit):
             assert found.step == 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_single_flipped_byte_is_found(tmp_path, ranks):
+    """In all files of a checkpoint, headers and padding too; of two ranks, what the second one has of the first's."""
+    store, chance = Store(RunDir(tmp_path).create()), random.Random(0)
+    weight = torch.arange(100.0)
+    trees = [{"objects": {"net": {"weight": weight, "mean": weight + rank}}} for rank in range(ranks)]
+    if ranks == 1:
+        path = writer.save(store, writer.Alone(), 1, writer.ready(trees[0]), {})[0]
+    else:
+        path = save_by_two(store, 1, trees)[0]
+        assert torch.load(path / rank_file(1), weights_only=True)["replicated"]
+    Checkpoint(path).verify()
+    said = read_committed(path).manifest
+    files = sorted(path.iterdir())
+    assert [file.name for file in files] == [MANIFEST, *map(rank_file, range(ranks))]
+    unseen = []
+    for file in files:
+        whole = file.read_bytes()
+        with open(file, "r+b", buffering=0) as damaged:
+            for at in range(len(whole)):
+                os.pwrite(damaged.fileno(), bytes([whole[at] ^ 1 << chance.randrange(8)]), at)
+                try:
+                    Checkpoint(path).verify()
+                    unseen.append((file.name, at))
+                    assert read_committed(path).manifest == said
+                except CheckpointError:
+                    pass
+                os.pwrite(damaged.fileno(), whole[at : at + 1], at)
+        assert file.read_bytes() == whole
+    assert unseen == []
+    Checkpoint(path).verify()
+
+
 # ---- retention
 
 
 def commit(store: Store, step: int, **about) -> Path:
     """Save a small checkpoint as a run does; return its directory."""
     about = {"environment": {}, **about}
-    return writer.save(store, writer.Alone(), step, {"objects": {}, "state": {"step": step}}, about)[0]
+    return writer.save(
+        store, writer.Alone(), step, writer.ready({"objects": {}, "state": {"step": step}}), about
+    )[0]
 
 
 def test_retention_keeps_the_newest_and_those_of_every_so_many_steps(tmp_path):
@@ -528,6 +587,61 @@ def test_a_full_disk_at_a_periodic_save_is_a_warning(small_disk):
     assert train(folder, 11, size=100_000).run.restored_from.step == 9
 
 
+def test_room_is_made_for_the_next_checkpoint_while_there_is_time(small_disk):
+    """Where the next one will not fit, fewer are kept, never fewer than one, before it is due."""
+    folder = small_disk / "run"
+    events = RunDir(folder)
+
+    def during(run: Run) -> None:
+        if run.global_step == 5:
+            fill(small_disk, leave=1_000_000)  # the checkpoint of step 6 fits, none after it
+        if run.global_step == 7:
+            assert names(folder) == ["step-00000006"]
+            (small_disk / "filler").unlink()
+            fill(small_disk, leave=100_000)
+        if run.global_step == 10:
+            (small_disk / "filler").unlink()
+
+    trained = train(folder, 13, size=100_000, keep=3, during=during)
+    made, failed = trained.said
+    assert re.search(
+        r"0\.\d MB are free in .*, a checkpoint needs 0\.8 MB; removed step-00000003 to make room", made
+    )
+    assert "no checkpoint at step 9: rank 0: " in failed
+    assert [event["removed"] for event in journal.events(events, "space")] == [["step-00000003"]]
+    assert names(folder) == ["step-00000006", "step-00000012"]
+
+
+def test_a_save_that_finds_the_disk_full_takes_the_room_of_an_older_checkpoint(small_disk):
+    """What nobody could see coming, as with a quota: the save is made again, in the older one's room."""
+    folder = small_disk / "run"
+
+    def during(run: Run) -> None:
+        if run.global_step == 7:
+            fill(small_disk, leave=400_000)
+        if run.global_step == 10:
+            (small_disk / "filler").unlink()
+
+    trained = train(folder, 10, size=100_000, keep=3, during=during)
+    assert re.search(r"No space left on device .*; removed step-00000003 to make room", trained.said[0])
+    assert names(folder) == ["step-00000009"]  # and so that the next one fits, without the other
+
+
+def test_a_disk_too_full_for_another_checkpoint_is_told_of_once(small_disk):
+    """While there is time to do something about it, and not at the deadline."""
+    folder = small_disk / "run"
+
+    def during(run: Run) -> None:
+        if run.global_step == 2:
+            fill(small_disk, leave=1_000_000)
+
+    trained = train(folder, 10, size=100_000, during=during)
+    assert re.search(
+        r"MB are free in .*: the next one will fail. Make room before the job ends", trained.said[0]
+    )
+    assert [bool(re.search(r"no checkpoint at step \d", line)) for line in trained.said[1:]] == [True, True]
+
+
 def test_a_disk_without_a_byte_left_ends_no_training_and_loses_no_metric(small_disk):
     """What was logged meanwhile is kept in memory, and written when there is room again."""
     folder = small_disk / "run"
@@ -640,7 +754,9 @@ def save_by_two(store: Store, step: int, trees: list[dict]) -> list[object]:
 
     def one(rank: int) -> None:
         try:
-            answers[rank] = writer.save(store, Ranks(rank, shared, barrier), step, trees[rank], {})[0]
+            ranks = Ranks(rank, shared, barrier)
+            mine = writer.without_replicas(ranks, writer.ready(trees[rank]))
+            answers[rank] = writer.save(store, ranks, step, mine, {})[0]
         except Exception as error:
             answers[rank] = error
 
@@ -670,3 +786,39 @@ def test_a_checkpoint_is_of_all_ranks_or_of_none(tmp_path):
     (path / rank_file(1)).unlink()
     assert flaw(committed) == "rank-00001.pt: No such file or directory"
     assert Store(RunDir(tmp_path)).newest() is None
+
+
+def test_what_ranks_hold_alike_is_written_once(tmp_path):
+    """The second rank's file has what differs by a bit, in kind or in name only; all of it comes back, tied as it was."""
+    store = Store(RunDir(tmp_path).create())
+
+    def tree(rank: int) -> dict:
+        weight = torch.arange(100.0).reshape(10, 10)
+        mean = torch.zeros(100)
+        mean[7] = -0.0 if rank else 0.0
+        kind = torch.zeros(100, dtype=torch.int32 if rank else torch.float32)
+        small = torch.tensor([1.0])
+        net = {
+            "weight": weight,
+            "tied": weight,
+            "turned": weight.T,
+            "mean": mean,
+            "kind": kind,
+            "small": small,
+        }
+        return {"objects": {"net": net, "other": {f"name{rank}": torch.ones(100)}}, "rank": rank}
+
+    trees = [tree(0), tree(1)]
+    path, _ = save_by_two(store, 1, trees)
+    first, second = (torch.load(path / rank_file(rank), weights_only=True) for rank in range(2))
+    assert "replicated" not in first
+    left_out = {name for name, tensor in second["objects"]["net"].items() if tensor.is_meta}
+    assert left_out == {"weight", "tied", "turned"}
+    assert not second["objects"]["other"]["name1"].is_meta
+    for rank in range(2):
+        saved = Checkpoint(path).load(rank)
+        expected = trees[rank]["objects"]
+        assert saved.keys() == expected.keys()
+        assert same(saved, expected)
+        assert saved["net"]["weight"].data_ptr() == saved["net"]["tied"].data_ptr()
+    assert math.copysign(1, Checkpoint(path).load(1)["net"]["mean"][7]) == -1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from chain import Segment, cut, cut_everywhere, digest, marks, sweep
+from chain import Segment, cut, cut_everywhere, digest, marks, plain, sweep
 from torch import nn
 from torch.optim import lr_scheduler, swa_utils
 
@@ -197,6 +198,100 @@ def test_gradients_that_are_seldom_zeroed(to_none: bool) -> None:
         return {"optimizer": optimizer}, step
 
     cut_everywhere(training(make), least=STEPS)
+
+
+def resting(model: Any, optimizer: Any, at: int, to_none: bool = True) -> Any:
+    """Return a step that zeroes gradients up to a step, and adds to them from there on."""
+
+    def step(n: int, x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        if n < at:
+            optimizer.zero_grad(set_to_none=to_none)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam fused"])
+def test_gradients_that_are_no_longer_zeroed(kind: str) -> None:
+    """Exact at every cut but the one right before the first step that adds to used gradients, which is refused."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = OPTIMIZERS[kind](model.parameters())
+        return {"optimizer": optimizer}, resting(model, optimizer, at=10)
+
+    train = training(make)
+    reference = plain(train)
+    for step in range(1, STEPS):
+        if step == 10:
+            with pytest.raises(
+                RestoreError, match=r"the gradient of parameter \d of the optimizer 'optimizer' is"
+            ):
+                cut(train, (step,))
+        else:
+            assert reference.difference(cut(train, (step,))) is None, step
+
+
+def test_gradients_that_are_no_longer_zeroed_in_place() -> None:
+    """Zeroed in place, gradients are the same tensors in every step: a checkpoint holds them, the change is exact."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        return {"optimizer": optimizer}, resting(model, optimizer, at=10, to_none=False)
+
+    cut_everywhere(training(make), least=STEPS)
+
+
+USES: dict[str, Any] = {
+    "their norm": lambda model, optimizer: model[0].weight.grad.norm().item(),
+    "clipping": lambda model, optimizer: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+    "a copy by hand": lambda model, optimizer: model[0].weight.grad.data[0, 0].item(),
+    "another step": lambda model, optimizer: optimizer.step(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_used_gradients_that_are_read_after_the_boundary_are_refused(use: str) -> None:
+    """A checkpoint has not got them, and a resumed run does not go on as if there were none."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            if n == 7:
+                USES[use](model, optimizer)
+            return updating(model, optimizer)(n, x)
+
+        return {"optimizer": optimizer}, step
+
+    train = training(make)
+    reference = plain(train)
+    assert reference.difference(cut(train, (6, 8))) is None
+    with pytest.raises(RestoreError, match="until then each step had found new gradients in place"):
+        cut(train, (7,))
+
+
+def test_what_needs_no_gradient_leaves_those_that_were_left_out() -> None:
+    """Moved, asked for their shapes, passed over at a boundary, cut again: a backward replaces them all the same."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = small()
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        run.register(model=model, optimizer=optimizer)
+        step = updating(model, optimizer)
+        for n in run.steps(STEPS):
+            run.poll()
+            copy.deepcopy(model)
+            model.to(torch.float64).to("cpu").to(torch.float32)
+            shapes = [list(p.grad.shape) for p in model.parameters() if p.grad is not None]
+            x = torch.randn(4, 3)
+            run.step(loss=step(n, x), **marks((x, shapes), model, optimizer))
+
+    reference = plain(train)
+    for after in ((4, 1, 1, 1, 3), (1,) * STEPS):
+        assert reference.difference(cut(train, after=after)) is None
 
 
 def test_used_gradients_that_are_replaced_are_not_saved(tmp_path: Path) -> None:

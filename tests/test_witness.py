@@ -16,10 +16,10 @@ import pytest
 import torch
 from chain import Segment, cut, marks, metrics, plain
 
+from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.store import Store, flaw, witness_file
 from chainrun.rundir import RunDir
 from chainrun.training import witness
-from chainrun.training.record import fingerprint
 from chainrun.training.stop import SegmentEnd
 
 PROGRAM = Path(__file__).parent / "programs" / "witnessed.py"
@@ -346,3 +346,35 @@ def test_a_gradient_that_one_of_two_optimizers_has_used_is_no_difference() -> No
     trained = cut(train, (4,))
     assert plain(train).difference(trained) is None
     assert trained.said == ["witnessed at step 4: state and random streams identical"]
+
+
+def long(middle: float) -> torch.Tensor:
+    """Return a tensor of which torch prints the ends only."""
+    tensor = torch.arange(2000.0) % 7
+    tensor[999] = middle
+    return tensor
+
+
+KINDS: dict[str, Any] = {
+    "coo": lambda x: x.to_sparse(),
+    "csr": lambda x: x.view(2, 1000).to_sparse_csr(),
+    "csc": lambda x: x.view(2, 1000).to_sparse_csc(),
+    "bsr": lambda x: x.view(40, 50).to_sparse_bsr((2, 5)),
+    "bsc": lambda x: x.view(40, 50).to_sparse_bsc((2, 5)),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 1, torch.qint8),
+    "quantized by channel": lambda x: torch.quantize_per_channel(
+        x.view(2, 1000), torch.tensor([0.1, 0.2]), torch.tensor([0, 1]), 0, torch.qint8
+    ),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:3]], layout=torch.jagged),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "conjugate": lambda x: torch.complex(x, x).conj(),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*(Sparse|sparse|quantize|nested).*")
+def test_fingerprints_see_every_element_of_every_kind_of_tensor(kind: str) -> None:
+    """One element in the middle, which a printed tensor does not show, is another fingerprint; a copy is none."""
+    make = KINDS[kind]
+    assert fingerprint(make(long(5.0))) == fingerprint(make(long(5.0)))
+    assert fingerprint(make(long(5.0))) != fingerprint(make(long(3.0)))

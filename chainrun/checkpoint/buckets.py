@@ -51,6 +51,11 @@ def restore(module: torch.nn.Module, saved: list[dict[str, Any]]) -> None:
             ddp.require_forward_param_sync = entry["sync"]
 
 
+def is_static(module: torch.nn.Module) -> bool:
+    """Whether a wrapper was told that its graph never changes: it finds its order only in its second backward."""
+    return any(ddp.static_graph for ddp in _wrappers(module))
+
+
 def _wrappers(module: torch.nn.Module) -> Iterator[DistributedDataParallel]:
     """Yield the wrappers, registered or not, in the order that all ranks have."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

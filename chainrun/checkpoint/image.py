@@ -1,61 +1,347 @@
-"""The file of one rank: what plain ``torch.load(path, weights_only=True)`` opens, written once and hashed."""
+"""The file of one rank: what plain ``torch.load(path, weights_only=True)`` opens, written durably and hashed.
+
+A file goes to disk in chunks: while one is put together from the tensors, the one before it is hashed and others
+are written, past the page cache where the filesystem allows it. The tensors are those of a tree, which must not
+change until `write` returns, or their copies in a `Staging`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
 import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 
+from chainrun.checkpoint import source
+from chainrun.checkpoint.layout import Content, Planner
+from chainrun.checkpoint.source import digest
 from chainrun.checkpoint.state import nbytes
 from chainrun.errors import CheckpointError
 
+__all__ = ["CHUNK", "RING", "Staging", "digest", "digests", "read", "reason", "said", "write"]
+
 CHUNK = 16 << 20
+RING = 4
+"""Chunks that are under way at a time; RING * CHUNK bytes is the memory that `write` takes for a tree."""
+_PAGE = mmap.PAGESIZE
+_HUGE = 2 << 20
+_WRITERS = 2
+_BIG = 256 << 10  # from this many bytes on, a copy is worth letting other threads run
+# of a staging; torch's own threads wait for each other, long where others want the processors too
+_COPIERS = 4
+
+# a copy that keeps the interpreter: to give it away and get it back takes longer than to copy a few KB
+_memmove = ctypes.PyDLL(None).memmove
+_memmove.argtypes, _memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 
 
-class _Hashing:
-    """A file that hashes what goes through it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self.size = file, xxhash.xxh3_128(), 0
-
-    def write(self, data: Any) -> int:
-        self._hash.update(data)
-        self._file.write(data)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    @property
-    def digest(self) -> str:
-        return str(self._hash.hexdigest())
-
-
-def write(path: Path, tree: Any) -> tuple[int, str]:
+def write(path: Path, tree: Any, planner: Planner | None = None) -> tuple[int, str]:
     """Write a tree of tensors and plain data durably; return the file's size in bytes and its xxh3_128.
+
+    Args:
+        tree: or a `Staging`: what was staged last.
+        planner: keeps what it found out about the tree for the next one like it.
 
     Raises:
         CheckpointError: the file cannot be written: full disk, quota, permission, or a tensor that torch
             cannot save.
     """
+    needed = 0
     try:
-        with open(path, "wb") as file:
-            hashing = _Hashing(file)
-            torch.save(tree, cast(BinaryIO, hashing))
-            file.flush()
-            os.fsync(file.fileno())
+        if isinstance(tree, Staging):
+            with tree.lock:
+                needed = tree.size
+                if not needed:
+                    raise ValueError("nothing is staged")
+                return _write(path, needed, tree.chunk)
+        needed = nbytes(tree)
+        content = (planner or Planner()).content(tree)
+        needed = content.size
+        return _write(path, needed, _Ring(content).chunk)
     except Exception as error:
         with contextlib.suppress(OSError):
             path.unlink()  # what is free without it is what the message tells
-        raise CheckpointError(
-            f"{path} could not be written: {reason(error, path.parent, nbytes(tree))}"
-        ) from error
-    return hashing.size, hashing.digest
+        raise CheckpointError(f"{path} could not be written: {reason(error, path.parent, needed)}") from error
+
+
+def digests(tree: Any) -> list[str]:
+    """Return the xxh3_128 of each distinct piece of memory of a tree's tensors, in the order of the tree.
+
+    Two trees of the same structure have as many, and equal ones where the tensors' content is equal.
+    """
+    content = Planner().content(tree)
+    found = []
+    for index in range(1, len(content.where) - 1, 2):
+        if index in content.elsewhere:
+            array: Any = content.elsewhere[index].cpu().numpy()
+        else:
+            array = _bytes(int(content.addresses[index]), int(content.sizes[index]))
+        found.append(str(xxhash.xxh3_128_hexdigest(array)))
+    return found
+
+
+# ---- from memory to disk -----------------------------------------------------------------------
+
+
+def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tuple[int, str]:
+    """Write a file, a chunk at a time.
+
+    Args:
+        chunk: returns the memory that holds bytes `begin` to `end` of the file and goes on to a whole page; it
+            is asked in order, and may use the memory of the RING-th chunk before again.
+    """
+    value = xxhash.xxh3_128()
+    file = _open(path)
+    try:
+        if size <= CHUNK:
+            pages = chunk(0, size)
+            value.update(pages[:size])
+            _pwrite(file, pages, 0)
+        else:
+            with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(_WRITERS) as writers:
+                under_way: deque[tuple[Future[None], Future[None]]] = deque()
+                for begin in range(0, size, CHUNK):
+                    if len(under_way) == RING:
+                        _wait(under_way.popleft())
+                    end = min(begin + CHUNK, size)
+                    pages = chunk(begin, end)
+                    under_way.append(
+                        (
+                            hasher.submit(value.update, pages[: end - begin]),
+                            writers.submit(_pwrite, file, pages, begin),
+                        )
+                    )
+                while under_way:
+                    _wait(under_way.popleft())
+        os.ftruncate(file, size)
+        os.fsync(file)
+    finally:
+        os.close(file)
+    return size, str(value.hexdigest())
+
+
+def _wait(futures: tuple[Future[None], Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _open(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)  # a filesystem that has its files in memory, or on another machine
+
+
+def _pwrite(file: int, pages: memoryview, at: int) -> None:
+    """Write all of it; without O_DIRECT where the filesystem turns out not to take it as it is."""
+    while pages:
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        try:
+            done = os.pwrite(file, pages, at)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not flags & os.O_DIRECT:
+                raise
+            fcntl.fcntl(file, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        else:
+            pages, at = pages[done:], at + done
+
+
+# ---- from tensors to memory --------------------------------------------------------------------
+
+
+def _allocate(size: int) -> mmap.mmap:
+    """Return zeroed memory of this process alone, on whole pages, large ones where the system has them."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_DONTFORK)  # or each page would be copied after the fork of a loader's worker
+        if size >= _HUGE:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _bytes(address: int, size: int) -> Any:
+    return (ctypes.c_ubyte * size).from_address(address)
+
+
+def _tensor(address: int, size: int) -> torch.Tensor:
+    return torch.frombuffer(_bytes(address, size), dtype=torch.uint8)
+
+
+def _gather(
+    content: Content, begin: int, end: int, address: int, pieces: Any = None, wait: bool = True
+) -> None:
+    """Copy bytes `begin` to `end` of a file to an address.
+
+    Args:
+        pieces: for each piece of the content, whether it is to be copied; None for all.
+        wait: for copies from a device, which otherwise may be still under way.
+    """
+    first = int(np.searchsorted(content.where, begin, "right")) - 1
+    last = int(np.searchsorted(content.where, end, "left"))
+    where = content.where[first:last]
+    low = np.maximum(where, begin)
+    size = np.minimum(where + content.sizes[first:last], end) - low
+    skipped = low - where
+    source = content.addresses[first:last] + skipped
+    target = low - begin + address
+    here = content.here[first:last]
+    chosen = size > 0
+    if pieces is not None:
+        chosen &= pieces[first:last]
+    small = chosen & here & (size < _BIG)
+    deque(map(_memmove, target[small].tolist(), source[small].tolist(), size[small].tolist()), maxlen=0)
+    for n in np.flatnonzero(chosen & ~here).tolist():
+        part = content.elsewhere[first + n][int(skipped[n]) : int(skipped[n] + size[n])]
+        _tensor(int(target[n]), int(size[n])).copy_(part, non_blocking=not wait)
+    big = chosen & here & (size >= _BIG)
+    copies = target[big].tolist(), source[big].tolist(), size[big].tolist()
+    if end - begin <= CHUNK:
+        deque(map(ctypes.memmove, *copies), maxlen=0)
+    else:
+        with ThreadPoolExecutor(_COPIERS) as copiers:
+            deque(copiers.map(ctypes.memmove, *copies), maxlen=0)
+
+
+class _Ring:
+    """Chunks of a file that are put together in the same few pieces of memory."""
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        count = min(RING, -(-content.size // CHUNK))
+        self._pieces = [_allocate(min(CHUNK, -(-content.size // _PAGE) * _PAGE)) for _ in range(count)]
+        self._turn = 0
+
+    def chunk(self, begin: int, end: int) -> memoryview:
+        piece = self._pieces[self._turn % len(self._pieces)]
+        self._turn += 1
+        _gather(self._content, begin, end, _address(piece))
+        return memoryview(piece)[: -(-(end - begin) // _PAGE) * _PAGE]
+
+
+class Staging:
+    """A file's bytes in memory that is allocated once, copied there quickly, so that the training can go on.
+
+    It takes the size of the file, in whole pages of 2 MB; writing it takes no more.
+    """
+
+    def __init__(self, planner: Planner | None = None) -> None:
+        self.lock = threading.Lock()
+        """Held while the memory is written to disk or filled; `stage` and `write` wait for each other."""
+        self.size = 0
+        """Bytes of the file that was staged last."""
+        self._planner = planner or Planner()
+        self._memory: mmap.mmap | None = None
+        self._pinned = 0
+        self._records: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it has taken, in bytes."""
+        return 0 if self._memory is None else len(self._memory)
+
+    def stage(self, tree: Any) -> int:
+        """Copy all that a checkpoint of the tree holds; return the size of its file in bytes.
+
+        Raises:
+            CheckpointError: there is too little memory, or a tensor that torch cannot save.
+        """
+        with self.lock:
+            self.size = 0
+            try:
+                content = self._planner.content(tree)
+                self._reserve(content.size)
+                self._fill(content)
+            except Exception as error:
+                raise CheckpointError(f"the state could not be copied: {_first_line(error)}") from error
+            self.size = content.size
+        return self.size
+
+    def chunk(self, begin: int, end: int) -> memoryview:
+        """Return bytes of the file, to the end of the page."""
+        assert self._memory is not None
+        return memoryview(self._memory)[begin : -(-end // _PAGE) * _PAGE]
+
+    def _reserve(self, size: int) -> None:
+        """Have memory for a file, a little more than it needs: texts and numbers may grow."""
+        if self._memory is None or len(self._memory) < size:
+            self._release()
+            self._memory = _allocate(-(-(size + size // 64) // _HUGE) * _HUGE)
+
+    def _fill(self, content: Content) -> None:
+        assert self._memory is not None
+        cuda = {tensor.device for tensor in content.elsewhere.values() if tensor.device.type == "cuda"}
+        if cuda:
+            self._pin()
+        pieces = None
+        if content.records is self._records:  # what is between the tensors is there already
+            pieces = np.arange(len(content.where)) % 2 == 1
+            pieces[-1] = True
+        _gather(content, 0, content.size, _address(self._memory), pieces, wait=not self._pinned)
+        for device in cuda:
+            torch.cuda.current_stream(device).synchronize()
+        self._records = content.records
+
+    def _pin(self) -> None:
+        """Let devices copy into the memory directly, once; where that is refused, copies are only slower."""
+        if self._memory is not None and not self._pinned:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if int(runtime.cudaHostRegister(_address(self._memory), len(self._memory), 0)) == 0:
+                self._pinned = _address(self._memory)
+
+    def _release(self) -> None:
+        if self._pinned:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostUnregister(self._pinned)
+        self._memory, self._pinned, self._records = None, 0, None
+
+    def __del__(self) -> None:
+        self._release()
+
+
+# ---- from disk ---------------------------------------------------------------------------------
+
+
+def read(path: Path | source.Memory, size: int | None = None, xxh3_128: str | None = None) -> Any:
+    """Return the tree of a file, on the CPU, in memory of its own: nothing of the filesystem stays open.
+
+    Args:
+        path: or what `source.load` has read, which is given back.
+        size: in bytes, as the manifest states it.
+        xxh3_128: of the file, as the manifest states it; without it, nothing of the content is verified.
+
+    Raises:
+        CheckpointError: the file is not what was stated, or torch cannot open it.
+    """
+    memory = path if isinstance(path, source.Memory) else source.load(path, size, xxh3_128)
+    try:
+        file: Any = memory.file
+        return torch.load(file, weights_only=True, map_location="cpu", mmap=isinstance(file, str))
+    except Exception as error:
+        raise CheckpointError(f"{memory.path} cannot be opened: {_first_line(error)}") from error
+    finally:
+        memory.close()
+
+
+# ---- what a disk says --------------------------------------------------------------------------
 
 
 def reason(error: BaseException, folder: Path, needed: int = 0) -> str:
@@ -68,31 +354,13 @@ def reason(error: BaseException, folder: Path, needed: int = 0) -> str:
 
 def said(error: OSError, folder: Path, needed: int = 0) -> str:
     """Return what the disk of a folder said, how much of it is free, and how much a file needed."""
-    free = os.statvfs(folder)
+    try:
+        free = os.statvfs(folder)
+    except OSError:  # it is gone
+        return str(error.strerror)
     needs = f"{needed / 1e6:.1f} MB needed, " if needed else ""
     return f"{error.strerror} ({needs}{free.f_bavail * free.f_frsize / 1e6:.1f} MB free)"
 
 
 def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def digest(path: Path) -> str:
-    """Return the xxh3_128 of a file."""
-    value = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(CHUNK):
-            value.update(chunk)
-    return str(value.hexdigest())
-
-
-def read(path: Path) -> Any:
-    """Return the tree of a file, on the CPU, copied: no memory map of a shared filesystem stays open.
-
-    Raises:
-        CheckpointError: torch cannot open it.
-    """
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be opened: {_first_line(error)}") from error

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from chainrun.checkpoint import buckets, sharded
+from chainrun.checkpoint.attributes import Attributes
+from chainrun.checkpoint.gradients import Gradients
 from chainrun.checkpoint.state import copied
 from chainrun.errors import RegisterError, RestoreError
 
@@ -62,8 +64,7 @@ class _Module:
         self._name, self._module = name, unwrap(module)
         vars(self._module)[_MARK] = _Mark(name)
         sharded.note(self._module)
-        self._built = self._settings()
-        self._versions = {path: _version(buffer) for path, buffer in self._unsaved_buffers()}
+        self._attributes = Attributes(self._module, but=_MARK)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -86,57 +87,13 @@ class _Module:
         for module in self._module.modules():
             yield vars(module).get(_MARK)
 
-    def _settings(self) -> dict[str, bool | int | float | str | None]:
-        """Return the plain values that state_dict() leaves out: training, requires_grad, a momentum, a mode."""
-        found: dict[str, bool | int | float | str | None] = {}
-        for path, module in self._module.named_modules(remove_duplicate=False):
-            for name, value in vars(module).items():
-                if type(value) in (bool, int, float, str, type(None)) and name != _MARK:
-                    found[f"{path}.{name}"] = value
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    found[f"{path}.{name}.requires_grad"] = parameter.requires_grad
-        return found
-
-    def _unsaved_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for path, module in self._module.named_modules():
-            for name in sorted(module._non_persistent_buffers_set):
-                buffer = module._buffers.get(name)
-                if buffer is not None:
-                    yield f"{path}.{name}", buffer
-
     def extra(self) -> dict[str, Any]:
         """Return what has changed since it was registered and is not in state_dict()."""
-        settings = self._settings()
-        return {
-            "settings": {k: v for k, v in settings.items() if k not in self._built or self._built[k] != v},
-            "buffers": {p: b for p, b in self._unsaved_buffers() if self._versions.get(p) != _version(b)},
-            "replaced": [p for p, b in self._unsaved_buffers() if self._versions.get(p, (0, 0))[0] != id(b)],
-            "buckets": buckets.capture(self._module),
-        }
+        return {"attributes": self._attributes.changed(), "buckets": buckets.capture(self._module)}
 
     def load_extra(self, extra: dict[str, Any]) -> None:
-        wanted = {**self._built, **extra["settings"]}
-        for path, value in self._settings().items():
-            if path in wanted and wanted[path] != value:
-                owner, name = self._find(path)
-                setattr(owner, name, wanted[path])
-        for path, buffer in extra["buffers"].items():
-            owner, name = self._find(path)
-            live = owner._buffers[name]
-            if path in extra["replaced"] or live is None:
-                owner._buffers[name] = buffer.to(_device_of(live), copy=True)
-            else:  # it may be a view of another
-                with torch.no_grad():
-                    live.copy_(buffer)
+        self._attributes.restore(extra["attributes"])
         buckets.restore(self._module, extra["buckets"])
-
-    def _find(self, path: str) -> tuple[Any, str]:
-        where, _, name = path.rpartition(".")
-        owner: Any = self._module
-        for part in where.strip(".").split("."):
-            owner = getattr(owner, part) if part else owner
-        return owner, name
 
     def state_dict(self) -> Any:
         return self._module.state_dict()
@@ -152,19 +109,6 @@ class _Module:
                 "build it as it was, or start a new run"
             )
         self._module.load_state_dict(state)
-
-
-def _version(tensor: torch.Tensor) -> tuple[int, int]:
-    return id(tensor), tensor._version
-
-
-def _grad_version(grad: torch.Tensor) -> tuple[int, int]:
-    """Return what changes with a gradient; fully_shard adds to the local tensor of a DTensor."""
-    return grad._version, getattr(grad, "_local_tensor", grad)._version
-
-
-def _device_of(tensor: torch.Tensor | None) -> torch.device | None:
-    return None if tensor is None else tensor.device
 
 
 def _differences(mine: Any, saved: Any) -> Iterator[str]:
@@ -196,10 +140,9 @@ class _Optimizer:
 
     def __init__(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         self._name, self._optimizer = name, optimizer
-        # by the parameter's id: whether every step so far found another gradient tensor, None after one step
-        self._renewed: dict[int, bool | None] = {}
         self._deferred: Any = None  # a state with groups that were added later
-        optimizer.register_step_post_hook(self._mark)
+        self.gradients = Gradients(name, lambda: self.parameters)
+        optimizer.register_step_post_hook(lambda *_: self.gradients.mark())
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -226,43 +169,6 @@ class _Optimizer:
 
     def drives(self, thing: Any) -> bool:
         return getattr(thing, "optimizer", None) is self._optimizer
-
-    def _mark(self, *_: Any) -> None:
-        """Note on each gradient that this optimizer has used it as it now is."""
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                continue
-            used = vars(parameter.grad).setdefault("_used_by", {})
-            if id(parameter) not in self._renewed:
-                self._renewed[id(parameter)] = None
-            elif self._name in used:
-                self._renewed[id(parameter)] = False
-            elif self._renewed[id(parameter)] is None:
-                self._renewed[id(parameter)] = True
-            used[self._name] = _grad_version(parameter.grad)
-
-    def unused(self) -> dict[int, torch.Tensor]:
-        """Return the gradients that a step is still to use, by the parameter's place.
-
-        One that was used is left out, where such gradients were seen to be replaced before the next step:
-        zero_grad() sets them to None. Else the next backward may add to it.
-        """
-        found = {}
-        for place, parameter in enumerate(self.parameters):
-            grad = parameter.grad
-            if grad is None:
-                continue
-            used = vars(grad).get("_used_by", {}).get(self._name) == _grad_version(grad)
-            if not (used and self._renewed.get(id(parameter))):
-                found[place] = grad.detach()
-        return found
-
-    def note_used(self, unused: dict[int, torch.Tensor]) -> None:
-        """Note of restored gradients that another optimizer is still to use that this one has used them."""
-        for place, parameter in enumerate(self.parameters):
-            if parameter.grad is not None and place not in unused:
-                vars(parameter.grad).setdefault("_used_by", {})[self._name] = _grad_version(parameter.grad)
-                self._renewed[id(parameter)] = True
 
     def state_dict(self) -> Any:
         return self._optimizer.state_dict()
@@ -367,7 +273,7 @@ def gradients(things: dict[str, Stateful]) -> dict[str, dict[int, torch.Tensor]]
     """Return the gradients that are still to be used, by the name of the optimizer or, without one, the module."""
     optimizers = {name: thing for name, thing in things.items() if isinstance(thing, _Optimizer)}
     optimized = {id(parameter) for thing in optimizers.values() for parameter in thing.parameters}
-    found = {name: thing.unused() for name, thing in optimizers.items()}
+    found = {name: thing.gradients.unused() for name, thing in optimizers.items()}
     for name, thing in things.items():
         if isinstance(thing, _Module):
             found[name] = {
@@ -379,7 +285,7 @@ def gradients(things: dict[str, Stateful]) -> dict[str, dict[int, torch.Tensor]]
 
 
 def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch.Tensor]]) -> None:
-    """Set the gradients to those that were saved, all others to None."""
+    """Set the gradients to those that were saved; after `load_extras`, which tells those that were left out."""
     owners = {name: thing for name, thing in things.items() if isinstance(thing, (_Module, _Optimizer))}
     for thing in owners.values():
         for parameter in thing.parameters:
@@ -388,9 +294,9 @@ def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch
         parameters = thing.parameters
         for place, grad in saved[name].items():
             parameters[place].grad = grad.to(parameters[place].device, copy=True)
-    for name, thing in owners.items():
+    for thing in owners.values():
         if isinstance(thing, _Optimizer):
-            thing.note_used(saved[name])
+            thing.gradients.settle()
 
 
 def extras(things: dict[str, Stateful]) -> dict[str, Any]:
@@ -402,6 +308,7 @@ def extras(things: dict[str, Stateful]) -> dict[str, Any]:
     for name, thing in things.items():
         if isinstance(thing, _Optimizer):
             found[name]["groups"] = thing.groups(names)
+            found[name]["left_out"] = thing.gradients.left_out()
     return found
 
 
@@ -414,6 +321,7 @@ def load_extras(things: dict[str, Stateful], saved: dict[str, Any]) -> None:
     for name, thing in things.items():
         if isinstance(thing, _Optimizer):
             thing.add_groups(saved[name]["groups"], _named(things))
+            thing.gradients.expect(saved[name]["left_out"])
         if isinstance(thing, (_Module, _Optimizer)):
             thing.load_extra(saved[name])
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from chainrun.checkpoint import image
+from chainrun.checkpoint.source import digest
 from chainrun.errors import CheckpointError, RegisterError
 from chainrun.rundir import fsync_dir
 
@@ -224,4 +225,4 @@ def finish(folder: Path, plans: list[str]) -> Files:
 
 
 def _stated(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "xxh3_128": image.digest(path)}
+    return {"size": path.stat().st_size, "xxh3_128": digest(path)}

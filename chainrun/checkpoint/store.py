@@ -12,17 +12,18 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from chainrun.checkpoint.source import digest
 from chainrun.errors import CheckpointError
 from chainrun.rundir import RunDir, fsync_dir, parse_checkpoint, read_json
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -67,10 +68,11 @@ def _read(path: Path) -> Committed | str:
     manifest = read_json(path / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         return f"it holds no valid {MANIFEST}"
-    if manifest["format"] > FORMAT:
+    if manifest["format"] != FORMAT:
+        which = "a newer" if manifest["format"] > FORMAT else "an older"
         return (
-            f"it has format {manifest['format']}, this chainrun reads up to {FORMAT}: "
-            "use the chainrun that wrote it, or a newer one"
+            f"it has format {manifest['format']}, written by {which} chainrun; this one reads format {FORMAT}: "
+            "go on with the chainrun that wrote it"
         )
     if manifest.get("xxh3_128") != _digest(manifest):
         return f"the content of {MANIFEST} has changed since it was written"
@@ -93,19 +95,28 @@ def read_committed(path: Path) -> Committed:
     raise CheckpointError(f"the checkpoint {path} cannot be used: {found}")
 
 
-def flaw(checkpoint: Committed, *, hashes: bool = True) -> str | None:
-    """Return why a checkpoint cannot be trusted, None where every file has its stated size and hash."""
-    for name, stated in checkpoint.manifest["files"].items():
-        path = checkpoint.path / name
+def flaw(
+    checkpoint: Committed,
+    files: Iterable[str] | None = None,
+    *,
+    hashes: bool = True,
+    read: Callable[[int], object] = lambda count: None,
+) -> str | None:
+    """Return why a checkpoint cannot be trusted, None where every file has its stated size and hash.
+
+    Args:
+        files: the names of those that are looked at; None for all.
+        hashes: whether to read the files; else only their sizes are compared.
+        read: told how many bytes were read, again and again.
+    """
+    for name in checkpoint.manifest["files"] if files is None else files:
+        stated, path = checkpoint.manifest["files"][name], checkpoint.path / name
         try:
             size = path.stat().st_size
             if size != stated["size"]:
                 return f"{name} has {size} bytes instead of {stated['size']}"
-            if hashes:
-                from chainrun.checkpoint import image  # torch: not for commands that only look
-
-                if image.digest(path) != stated["xxh3_128"]:
-                    return f"the content of {name} has changed since it was written"
+            if hashes and digest(path, read) != stated["xxh3_128"]:
+                return f"the content of {name} has changed since it was written"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
@@ -131,6 +142,10 @@ class Store:
         found = (_read(path) for _, path in self._directories())
         return [one for one in found if isinstance(one, Committed)]
 
+    def latest(self) -> Committed | None:
+        """Return the checkpoint that was committed last, whether or not its files can be trusted."""
+        return next(iter(self.committed()), None)
+
     def flaw(self, checkpoint: Committed) -> str | None:
         """Return why a checkpoint cannot be trusted; asked once a process, the answer is kept if good."""
         if checkpoint.path in self._trusted:
@@ -143,16 +158,22 @@ class Store:
     def trust(self, checkpoint: Committed) -> None:
         self._trusted.add(checkpoint.path)
 
-    def newest(self, on_flaw: Callable[[Committed, str], None] = lambda c, why: None) -> Committed | None:
+    def newest(
+        self,
+        on_flaw: Callable[[Committed, str], None] = lambda c, why: None,
+        judge: Callable[[Committed], str | None] | None = None,
+    ) -> Committed | None:
         """Return the newest checkpoint that can be trusted.
 
         Args:
             on_flaw: told of each newer one that cannot, and why.
+            judge: asked why a checkpoint cannot be trusted, instead of `flaw`.
         """
+        judge = judge or self.flaw
         for _, path in self._directories():
             found = _read(path)
             if isinstance(found, Committed):
-                checkpoint, why = found, self.flaw(found)
+                checkpoint, why = found, judge(found)
                 if why is None:
                     return checkpoint
             elif (path / MANIFEST).exists():
@@ -181,12 +202,23 @@ class Store:
         """Remove what crashed saves and removals left. Only for the holder of the run's lock."""
         for path in self.folder.glob("step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
+        fsync_dir(
+            self.folder
+        )  # a save killed right after its rename is durable before the run goes on from it
 
     def commit(self, temporary: Path, path: Path) -> Committed:
-        """Make a complete directory the checkpoint, durably."""
+        """Make a complete directory the checkpoint, durably.
+
+        Raises:
+            OSError: it is none.
+        """
         fsync_dir(temporary)
         os.rename(temporary, path)
-        fsync_dir(path.parent)
+        try:
+            fsync_dir(path.parent)
+        except OSError:
+            os.rename(path, temporary)
+            raise
         checkpoint = read_committed(path)
         self.trust(checkpoint)
         return checkpoint

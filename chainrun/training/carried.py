@@ -84,6 +84,13 @@ def _children(value: Any) -> Iterator[Any]:
                 yield from vars(kind).values()
 
 
+def fields(value: Any) -> list[tuple[str, Any]]:
+    """Return an object's own attributes, those in slots too."""
+    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
+    named = [(name, getattr(value, name)) for name in slots if not name.startswith("__")]
+    return [*getattr(value, "__dict__", {}).items(), *named]
+
+
 def _is_users(thing: Any) -> bool:
     return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] not in FOREIGN
 
@@ -178,20 +185,19 @@ class Attributes:
     them. Objects and strings are not state.
 
     Args:
-        thing: a sampler, or an iterable data set.
+        thing: a sampler.
         dataset: an attribute that is left out.
-        numbers_only: lists, tensors and arrays are left out too; a data set's are its data.
     """
 
-    def __init__(self, thing: Any, dataset: Any = None, *, numbers_only: bool = False) -> None:
-        self._thing, self._dataset, self._numbers_only = thing, dataset, numbers_only
+    def __init__(self, thing: Any, dataset: Any) -> None:
+        self._thing, self._dataset = thing, dataset
         self._built = self._all()
 
     def _all(self) -> dict[str, Any]:
         plain = {
             name: _encode(value)
             for name, value in getattr(self._thing, "__dict__", {}).items()
-            if (type(value) in _NUMBERS if self._numbers_only else value is not self._dataset)
+            if value is not self._dataset
         }
         return {name: value for name, value in plain.items() if value is not _NOT_PLAIN}
 
@@ -199,13 +205,13 @@ class Attributes:
         return {
             name: value
             for name, value in self._all().items()
-            if name not in self._built or not _equal(value, self._built[name])
+            if name not in self._built or not equal(value, self._built[name])
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         now = self._all()
         for name, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
-            if name not in now or not _equal(value, now[name]):
+            if name not in now or not equal(value, now[name]):
                 setattr(self._thing, name, _decode(value))
 
 
@@ -241,11 +247,14 @@ def _decode(value: Any) -> Any:
     return items if kind == "list" else tuple(items)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values in the form that is saved are the same."""
+    if a is b:
+        return True
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
+        return len(a) == len(b) and all(map(equal, a, b))
     return type(a) is type(b) and bool(a == b)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset
 
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import carried, rng
+from chainrun.training import carried, contents, rng
 from chainrun.training.indices import Again, Counted, State, draws_at_first, samplers_in
 from chainrun.training.iterable import Endless, Turns, carriers
 from chainrun.training.one_pass import (
@@ -129,9 +129,9 @@ class Chain:
             self.turns = Turns(loader.dataset, loader.batch_size, loader.drop_last)
             samplers = []
         stateless = [sampler for sampler in samplers if not carried.is_stateful(sampler)]
-        self._attributes = [carried.Attributes(sampler, loader.dataset) for sampler in stateless]
+        self._attributes: list[Any] = [carried.Attributes(sampler, loader.dataset) for sampler in stateless]
         if self.turns and not (carried.is_stateful(loader.dataset) and loader.num_workers == 0):
-            self._attributes.append(carried.Attributes(loader.dataset, numbers_only=True))
+            self._attributes.append(contents.Contents(loader.dataset))
         self.draws_late = not all(map(draws_at_first, samplers))
         self.sampler = Counted(None, self)
         self._endless = Endless()
@@ -418,6 +418,7 @@ class Chain:
         if place and running and not (running.resumed and running.handed_out == place["drawn"][0]):
             running.resume()
         self.set_snapshot(saved)
+        contents.check(self._carriers(), carried.from_plain(saved["carried"]), f"the loader '{self.name}'")
 
 
 def bind(

@@ -149,6 +149,14 @@ class Control:
         """Tell the others not to wait for this rank."""
         self._main.set(f"failed/{self.rank}", "1")
 
+    def lost(self) -> bool:
+        """Whether rank 0, which serves the store, has ended."""
+        try:
+            self._main.check(["lost"])
+        except RuntimeError:
+            return True
+        return False
+
     def returned(self) -> None:
         """Say that this rank's function has returned; come back when every rank's has."""
         self._main.set(f"returned/{self.rank}", "1")

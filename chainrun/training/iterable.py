@@ -21,9 +21,9 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
+from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RestoreError
-from chainrun.training import carried, rng
-from chainrun.training.record import fingerprint
+from chainrun.training import carried, contents, rng
 from chainrun.training.worker import EmptyTurn, End, Repeated
 
 _NOTHING: Any = object()
@@ -77,16 +77,16 @@ class Turns(Dataset[Any]):
         self._over = self._said = False
         self._last = b""
         self._given = ""
-        self._attributes: carried.Attributes | None = None
+        self._contents: contents.Contents | None = None
 
-    def note_attributes(self) -> None:
-        """From here on, numbers that the data set keeps in attributes are state, unless it has its own."""
+    def note_contents(self) -> None:
+        """From here on, what the data set keeps in attributes is state, unless it has its own."""
         if not carried.is_stateful(self.dataset):
-            self._attributes = carried.Attributes(self.dataset, numbers_only=True)
+            self._contents = contents.Contents(self.dataset)
 
     def carriers(self, collate: Callable[[Any], Any]) -> list[carried.Carrier]:
         found = carriers(self.dataset, carried.find(self.dataset, collate))
-        return [*found, self._attributes] if self._attributes else found
+        return [*found, self._contents] if self._contents else found
 
     @property
     def place(self) -> Place:

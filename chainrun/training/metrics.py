@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from chainrun.rundir import append_lines
+from chainrun.rundir import append_lines, fsync_dir, fsync_file
 
 FLUSH_LINES = 1000
 FLUSH_SECONDS = 5.0
@@ -27,6 +27,7 @@ class Metrics:
         self._path, self._active = path, active
         self._lines: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
+        self._entered = False  # whether its directory durably has the file
         self.latest: dict[str, Any] = {}  # of the last flush, for progress displays
 
     def add(self, step: int, metrics: dict[str, Any]) -> None:
@@ -53,16 +54,13 @@ class Metrics:
                 self.latest.update(line)
         return self._path.stat().st_size if self._path.exists() else 0
 
-    def settle(self) -> int:
-        """Write what was noted, durably; return the file's size, which a checkpoint then may rely on."""
-        size = self.flush()
-        if size:
-            fd = os.open(self._path, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        return size
+    def sync(self) -> None:
+        """Make durable what was written: a checkpoint relies on it."""
+        with contextlib.suppress(FileNotFoundError):
+            fsync_file(self._path)
+            if not self._entered:
+                fsync_dir(self._path.parent)
+                self._entered = True
 
     def cut(self, size: int) -> None:
         """Drop the lines written after the checkpoint that said `size`."""

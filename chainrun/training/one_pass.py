@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import carried, rng
+from chainrun.training.contents import without_folders
 from chainrun.training.indices import Again, Alone, Counted, Drawn, State
 from chainrun.training.iterable import Place
 from chainrun.training.position import Pass as Mark
-from chainrun.training.record import fingerprint
 from chainrun.training.worker import End
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ class OnePass:
         differs = [
             f"worker {worker}"
             for worker in sorted(self._seen)
-            if fingerprint(now_made[worker]) != fingerprint(then[worker])
+            if fingerprint(without_folders(now_made[worker])) != fingerprint(without_folders(then[worker]))
         ]
         now = self._alone.reached() if self._alone else {}
         differs += [

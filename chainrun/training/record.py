@@ -8,20 +8,18 @@ component and entry what must be equal; ``held`` what the user's variables hold,
 
 from __future__ import annotations
 
-import enum
 import gc
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import xxhash
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from chainrun.checkpoint.bits import fingerprint
 from chainrun.rundir import append_lines
 from chainrun.training import rng, variables
 from chainrun.training.worker import Collate
@@ -30,56 +28,6 @@ if TYPE_CHECKING:
     from chainrun.training.run import Run
 
 UNREGISTERED = "an unregistered loader"
-
-
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of an object; another one in every process
-
-
-def fingerprint(tree: Any) -> str:
-    """Return the xxh3_64 of a tree of tensors and plain data: of the bits, so that -0.0 is not 0.0."""
-    digest = xxhash.xxh3_64()
-    for part in _parts(tree, set()):
-        digest.update(part)
-    return str(digest.hexdigest())
-
-
-def _parts(tree: Any, seen: set[int]) -> Iterator[bytes | memoryview]:
-    if isinstance(tree, torch.Tensor):
-        local = tree.to_local() if hasattr(tree, "to_local") else tree  # of a DTensor this rank's shard
-        tensor = local.detach().cpu().contiguous()
-        yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        if tensor.is_sparse or tensor.is_quantized:
-            yield repr(tensor).encode()
-        elif tensor.numel():
-            yield tensor.flatten().view(torch.uint8).numpy().data
-    elif isinstance(tree, dict):
-        for key, value in tree.items():
-            yield repr(key).encode()
-            yield from _parts(value, seen)
-    elif isinstance(tree, (list, tuple)):
-        yield f"{len(tree)}".encode()
-        for value in tree:
-            yield from _parts(value, seen)
-    elif isinstance(tree, (np.ndarray, np.generic)):
-        yield f"{tree.dtype}{tree.shape}".encode() + tree.tobytes()
-    elif isinstance(tree, (set, frozenset)):
-        yield "".join(sorted(map(repr, tree))).encode()
-    elif isinstance(tree, float):
-        yield tree.hex().encode()
-    elif content := _attributes(tree):
-        yield type(tree).__qualname__.encode()
-        if id(tree) not in seen:  # it may hold itself
-            seen.add(id(tree))
-            yield from _parts(content, seen)
-    else:
-        yield _ADDRESS.sub("", repr(tree)).encode()
-
-
-def _attributes(thing: Any) -> dict[str, Any] | None:
-    """Return what an object of the user's holds, as a batch may be one; None of plain values and of code."""
-    if isinstance(thing, (type, enum.Enum)) or callable(thing):
-        return None
-    return getattr(thing, "__dict__", None)
 
 
 def entries(tree: Any, path: str = "") -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from chainrun.checkpoint import objects, sharded, shards, state
+from chainrun.checkpoint import buckets, objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
@@ -63,7 +63,7 @@ class Run:
         self.global_step = 0
         self.epoch = 0
         self.state: dict[str, Any] = {}
-        self._saving = Saving(self._run, setting)
+        self._saving = Saving(self._run, setting, self._note_saved, self._wake)
         self._metrics = self._saving.metrics
         self._objects: dict[str, objects.Stateful] = {}
         self._loaders: dict[str, Any] = {}
@@ -94,6 +94,7 @@ class Run:
             stop_file=self._run.stop,
             passed=lambda: self._position.boundaries,
             first_save=self._guess_save_seconds,
+            saving=lambda: self._saving.busy,
         )
         self._checked = False
         self._first_due = self._next_due(self.global_step)
@@ -357,6 +358,7 @@ class Run:
         """Something may be due at this boundary."""
         if self._ended is not None:
             raise SegmentEnd(self._ended)  # the function caught the first one
+        self._saving.check()
         if not self._checked:
             self._checked, self._next = True, self._first_due
             self._position.refuse_by_hand()
@@ -419,7 +421,7 @@ class Run:
         self._due, self._deferred = None, False
         owner = head.loop if head else None
         here = (self._position.boundaries, owner)
-        if self._saved_at != here:
+        if self._saved_at != here or not self._saving.committed():
             tree = self._tree(owner)
             self._save(wish, tree)
             self._saved_at = here
@@ -439,6 +441,8 @@ class Run:
         for name, thing in self._registered.values():
             if isinstance(thing, torch.nn.Module) and sharded.unreduced(thing):
                 return f"gradients of '{name}' are still to be reduced over the ranks"
+            if self.global_step == 1 and isinstance(thing, torch.nn.Module) and buckets.is_static(thing):
+                return f"DDP with static_graph finds the order in which it sums '{name}' in its second step"
         return None
 
     def _tree(self, owner: str | None) -> dict[str, Any]:
@@ -502,10 +506,16 @@ class Run:
         return next((chain for chain in self._loaders.values() if chain.loop == owner), None)
 
     def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
-        watch = self._watch
-        about = {"epoch": self.epoch, "pace": vars(watch.pace), **about}
-        seconds = self._saving.save(wish, self.global_step, tree, about)
-        watch.saved(watch.pace.save_seconds if seconds is None else seconds)
+        about = {"epoch": self.epoch, "pace": dict(vars(self._watch.pace)), **about}
+        self._saving.save(wish, self.global_step, tree, about)
+        self._watch.saved()
+
+    def _note_saved(self, seconds: float) -> None:
+        self._watch.pace.note_save(seconds)
+
+    def _wake(self) -> None:
+        """Look at the next boundary what the thread that saves has to say."""
+        self._next = 0
 
     def _guess_save_seconds(self) -> float:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
@@ -531,6 +541,10 @@ class Run:
 
     def _start(self) -> None:
         self._watch.start()
+
+    def _settle(self) -> None:
+        """The function has returned: wait for the save under way."""
+        self._saving.committed()
 
     def _finish(self, result: Any) -> None:
         """The function has returned: keep what it trained."""

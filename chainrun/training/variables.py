@@ -191,15 +191,16 @@ def _functions(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.Fu
     for module in [value for value in values if type(value) is types.ModuleType and _is_users(value)]:
         values += [vars(module).get(name) for name in code.co_names]
     for value in values:
-        kinds = [one for one in value.__mro__ if _is_users_own(one)] if isinstance(value, type) else []
+        kinds = [one for one in value.__mro__ if is_users_own(one)] if isinstance(value, type) else []
         for each in [value, *(member for kind in kinds for member in vars(kind).values())]:
             if isinstance(each, (staticmethod, classmethod)):
                 each = each.__func__  # noqa: PLW2901
-            if type(each) is types.FunctionType and _is_users_own(each):
+            if type(each) is types.FunctionType and is_users_own(each):
                 yield each
 
 
-def _is_users_own(thing: Any) -> bool:
+def is_users_own(thing: Any) -> bool:
+    """Whether a class or a function is of the user's own code, neither installed nor Python's."""
     name = thing.__module__
     return type(name) is str and name in sys.modules and _is_users(sys.modules[name])
 
@@ -292,7 +293,7 @@ class Held:
             own = object.__getattribute__(value, "__dict__")
             if type(own) is dict:
                 shared = {
-                    n: v for each in kind.__mro__[::-1] if _is_users_own(each) for n, v in vars(each).items()
+                    n: v for each in kind.__mro__[::-1] if is_users_own(each) for n, v in vars(each).items()
                 }
                 own = {**{n: v for n, v in shared.items() if type(v) in _NUMBERS}, **own}
                 yield from ((f".{n}", v) for n, v in list(own.items()) if not n.startswith("__"))

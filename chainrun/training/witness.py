@@ -24,9 +24,10 @@ import torch
 
 from chainrun import journal
 from chainrun.checkpoint import state
+from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.store import seal, witness_file
 from chainrun.rundir import RunDir, read_json
-from chainrun.training.record import fingerprint, leaves
+from chainrun.training.record import leaves
 from chainrun.training.stop import kill
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ def state_in(tree: dict[str, Any], generators: list[str]) -> dict[str, str]:
         if name not in generators:
             found |= _of_object(name, content)
     for name, extra in tree["extras"].items():
-        found |= _of_object(name, {key.lstrip("."): v for key, v in extra.get("settings", {}).items()})
-        found |= _of_object(name, {key.lstrip("."): v for key, v in extra.get("buffers", {}).items()})
+        changed = extra.get("attributes", {}).get("values", {})
+        found |= _of_object(name, {key.lstrip("."): value for key, value in changed.items()})
     for name, gradients in tree["gradients"].items():
         found |= _of_object(f"gradient of {name}", gradients)
     return {**found, **_of_object("run.state", tree["state"])}

@@ -1,0 +1,289 @@
+"""What an iterable data set without state_dict keeps from epoch to epoch: in attributes, of objects inside it too.
+
+Nobody gives it, so it is looked for: counters, the order of a list that is shuffled in place, sums. What is small is
+saved and set again. Of what is large a sample is remembered, by which a resume tells that it has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import marshal
+import os
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from chainrun.checkpoint.bits import fingerprint
+from chainrun.errors import RestoreError
+from chainrun.training import carried, rng
+from chainrun.training.variables import is_users_own
+
+LARGE = 64 * 1024  # bytes of one attribute, above which it is data rather than state
+_NUMBERS = (bool, int, float, type(None))
+_DEPTH, _WIDTH = 6, 64  # how deep objects are looked for, and in how long containers
+_SAMPLE = 256
+
+
+class Contents:
+    """The plain attributes of a data set and of the user's objects in it, as far as they have changed.
+
+    State are numbers, strings that are no paths, and lists, tuples, dicts, sets, deques, arrays and tensors of them.
+
+    Args:
+        dataset: as it was built.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._known: dict[str, tuple[bytes, Any]] = {}  # by place: a value's mark, and what it is encoded as
+        self._built = self._all()
+
+    def _all(self) -> dict[str, Any]:
+        encoded = {
+            f"{path}.{name}": self._encoded(f"{path}.{name}", value)
+            for path, owner in self._owners().items()
+            for name, value in carried.fields(owner)
+        }
+        return {path: value for path, value in encoded.items() if value is not _NOT_STATE}
+
+    def _encoded(self, place: str, value: Any) -> Any:
+        mark = _mark(value)
+        if mark is None:
+            return _encode(value)
+        if place not in self._known or self._known[place][0] != mark:
+            self._known[place] = mark, _encode(value)
+        return self._known[place][1]
+
+    def _owners(self) -> dict[str, Any]:
+        """Return the data set and the user's objects in it, by their places."""
+        found: dict[str, Any] = {}
+        seen: set[int] = set()
+        todo: list[tuple[str, Any, int]] = [("", self._dataset, _DEPTH)]
+        while todo:
+            path, owner, depth = todo.pop()
+            if id(owner) not in seen:
+                seen.add(id(owner))
+                found[path] = owner
+                for name, value in carried.fields(owner) if depth else ():
+                    todo += ((f"{path}.{name}{at}", one, depth - 1) for at, one in _objects_in(value))
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not as it was built: the content, of what is large a mark."""
+        return {
+            path: value
+            for path, value in self._all().items()
+            if path not in self._built or not carried.equal(value, self._built[path])
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set all that is small, in place where others may know it; `check` tells of the rest."""
+        owners, now = self._owners(), self._all()
+        for place, value in {**self._built, **state}.items():
+            path, _, name = place.rpartition(".")
+            if path in owners and not (place in now and carried.equal(value, now[place])):
+                _set(owners[path], name, value)
+
+    def check(self, state: dict[str, Any], where: str) -> None:
+        """See that what is too large to be carried is what it was.
+
+        Raises:
+            RestoreError: it is not.
+        """
+        for path, value in self._all().items():
+            then = state.get(path, self._built.get(path))
+            if (_is_large(value) or _is_large(then)) and not carried.equal(value, then):
+                raise RestoreError(
+                    f"{where}: the attribute '{path[1:]}' of the iterable data set {type(self._dataset).__name__} had "
+                    "changed when the checkpoint was taken, and is too large to be saved beside it. Give the data set "
+                    "state_dict and load_state_dict, or make what changes anew in each __iter__()"
+                )
+
+
+def check(carriers: list[carried.Carrier], states: list[Any], where: str) -> None:
+    """Have all contents among the carriers checked, once they are set.
+
+    Raises:
+        RestoreError: what is too large to be set is not what it was.
+    """
+    for carrier, state in zip(carriers, states, strict=True):
+        if isinstance(carrier, Contents):
+            carrier.check(state, where)
+
+
+def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
+    """Yield the user's objects that a value is, or has in it, and where; none that has state of its own."""
+    if isinstance(value, (list, tuple, dict)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, one in items if len(value) <= _WIDTH and depth else ():
+            yield from _objects_in(one, f"{at}[{key!r}]", depth - 1)
+    elif (
+        not isinstance(value, (type, torch.nn.Module, *rng.GENERATORS))
+        and not callable(value)
+        and _is_followed(type(value))  # type: ignore[arg-type]
+        and not carried.is_stateful(value)
+    ):
+        yield at, value
+
+
+@functools.cache
+def _is_followed(kind: Any) -> bool:
+    return is_users_own(kind) or kind.__module__ == "torch.utils.data.dataset"
+
+
+# ---- values ----------------------------------------------------------------------------------------------
+
+_NOT_STATE: Any = object()
+
+
+def _mark(value: Any) -> bytes | None:
+    """Return what tells at a glance whether a long flat container is encoded as it was; None of all else."""
+    kind = type(value)
+    if (
+        kind not in (list, tuple, dict, set)
+        or len(value) < 8
+        or type(next(iter(value))) not in (int, float, str)
+    ):
+        return None
+    try:
+        # version 0, in which equal values have equal bytes
+        return marshal.dumps(value if 8 * len(value) <= LARGE else [len(value), *_some(value)], 0)
+    except ValueError:
+        return None
+
+
+def _encode(value: Any) -> Any:
+    """Return a value in the form that is saved: of one that is large a mark."""
+    if type(value) is str and os.sep in value:
+        return _NOT_STATE  # a path, which may be the job's own
+    size = _size(value, LARGE)
+    if size is None:
+        return _NOT_STATE
+    return _pack(value) if size <= LARGE else {"large": fingerprint(without_folders(_sample(value)))}
+
+
+def _size(value: Any, most: int, depth: int = _DEPTH) -> int | None:
+    """Return about how many bytes a value has, counted up to `most`; None of what is not state."""
+    kind = type(value)
+    if kind in _NUMBERS:
+        return 8 if kind is not int or value.bit_length() < 2000 else None
+    if kind is str:
+        return 8 + len(value)
+    if kind is torch.Tensor and value.layout is torch.strided and not value.is_nested:
+        return int(value.nbytes)
+    if isinstance(value, (np.ndarray, np.generic)) and kind is not np.memmap:
+        if value.dtype.kind not in "biufc" or not value.dtype.isnative:
+            return None
+        return int(value.nbytes)
+    if kind not in (list, tuple, dict, set, deque) or not depth:
+        return None
+    size = 8 * len(value)
+    # of many items some show whether they are state
+    for item in _items(value) if size <= most else _some(value):
+        inner = _size(item, most, depth - 1)
+        if inner is None:
+            return None
+        size += inner
+        if size > most and len(value) > _SAMPLE:
+            break
+    return size
+
+
+def _items(value: Any) -> Iterator[Any]:
+    return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
+
+
+def _some(value: Any) -> Iterator[Any]:
+    """Return items of a long container, always the same ones; none of a set, which has no order."""
+    if isinstance(value, dict):
+        return chain(islice(value.items(), _SAMPLE), islice(reversed(value.items()), _SAMPLE))
+    step = max(1, len(value) // _SAMPLE)
+    if isinstance(value, set):
+        return iter(())
+    return islice(value, 0, None, step) if isinstance(value, deque) else iter(value[::step])
+
+
+def _sample(value: Any) -> Any:
+    """Return a part of a large value, from all over it, with its size."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().reshape(-1)
+        return [list(value.shape), flat[:: max(1, flat.numel() // 1024)]]
+    if isinstance(value, np.ndarray):
+        return [list(value.shape), value.reshape(-1)[:: max(1, value.size // 1024)]]
+    if isinstance(value, (list, tuple, dict, set, deque)):
+        return [len(value), *map(_sample, _some(value))]
+    return value
+
+
+def without_folders(tree: Any) -> Any:
+    """Return a tree with the names of files for their paths: folders may be a job's own."""
+    if isinstance(tree, str):
+        return os.path.basename(tree)
+    if isinstance(tree, dict):
+        return {key: without_folders(value) for key, value in tree.items()}
+    return [without_folders(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, np.ndarray):
+        return {"array": torch.from_numpy(value.copy())}
+    if isinstance(value, np.generic):
+        return {"scalar": torch.from_numpy(np.asarray(value))}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(key) for key in value], [_pack(one) for one in value.values()]]}
+    if isinstance(value, set):
+        return {"set": sorted(map(_pack, value), key=repr)}
+    if isinstance(value, deque):
+        return {"deque": [value.maxlen, *map(_pack, value)]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack(one) for one in value]}
+    return value
+
+
+def _unpack(packed: Any) -> Any:
+    if isinstance(packed, torch.Tensor):
+        return packed.clone()
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, inner),) = packed.items()
+    if kind == "array":
+        return inner.clone().numpy()
+    if kind == "scalar":
+        return inner.numpy()[()]
+    if kind == "dict":
+        return dict(zip(map(_unpack, inner[0]), map(_unpack, inner[1]), strict=True))
+    if kind == "deque":
+        return deque(map(_unpack, inner[1:]), inner[0])
+    return {"list": list, "tuple": tuple, "set": set}[kind](map(_unpack, inner))
+
+
+def _is_large(packed: Any) -> bool:
+    return isinstance(packed, dict) and "large" in packed
+
+
+def _set(owner: Any, name: str, packed: Any) -> None:
+    """Set an attribute, in place where an iterator may hold what is there."""
+    if _is_large(packed):
+        return
+    live: Any = getattr(owner, name, None)
+    value = _unpack(packed)
+    if type(live) is not type(value):
+        setattr(owner, name, value)
+    elif isinstance(live, list):
+        live[:] = value
+    elif isinstance(live, (dict, set)):
+        live.clear()
+        live.update(value)
+    elif isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
+        value.shape,
+        value.dtype,
+    ):
+        live[...] = value
+    else:
+        setattr(owner, name, value)
