@@ -19,7 +19,8 @@ from chainrun.checkpoint.ahead import Ahead
 from chainrun.errors import ChainrunError
 from chainrun.lock import BEAT, Lock, Locked
 from chainrun.rundir import RunDir, read_json, write_durably
-from chainrun.training.stop import Pace, SegmentEnd, Signals
+from chainrun.training.pace import Pace
+from chainrun.training.stop import SegmentEnd, Signals
 
 if TYPE_CHECKING:
     from chainrun.training.run import Run
@@ -73,9 +74,11 @@ def run_segment(
                 segment=segment.number,
                 step=step,
                 reason=end.wish.reason,
+                lead=end.wish.why or None,
                 unused_seconds=round(unused, 1) if unused < float("inf") else None,
             )
-            say(f"segment {segment.number} stops at step {step} ({end.wish.reason}), checkpoint committed")
+            why = f"{end.wish.reason}, {end.wish.why}" if end.wish.why else end.wish.reason
+            say(f"segment {segment.number} stops at step {step} ({why}), checkpoint committed")
         return Outcome("stopped", end.wish.reason, step)
     except Locked as error:  # the run is well, in other hands
         say(str(error))

@@ -15,7 +15,8 @@ from chainrun.checkpoint import buckets, objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, resharding, rng, stop, witness, worker
+from chainrun.training import data, resharding, rng, witness, worker
+from chainrun.training.pace import Pace
 from chainrun.training.position import Pass, Position
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -85,7 +86,7 @@ class Run:
             self._shards = shards.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
             self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
             self.state = state.copied(self._saved["state"])
-            setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
+            setting.watch["pace"] = Pace(**self.restored_from.manifest["pace"])
         self.resumed = self._saved is not None
         target = self._saved and self._saved["position"]
         self._position = Position(target, self._go_on, self._random_state, self._set_random_state)
@@ -93,6 +94,7 @@ class Run:
             **setting.watch,
             stop_file=self._run.stop,
             passed=lambda: self._position.boundaries,
+            step=lambda: self.global_step,
             first_save=self._guess_save_seconds,
             saving=lambda: self._saving.busy,
         )
