@@ -286,7 +286,9 @@ def test_scancel_ends_a_chain_in_every_phase_and_submit_goes_on(cluster, start, 
     command_to_go_on(imports, "was cancelled with scancel")
     assert not imports.events("segment")
     cluster.wait_job(jobs_of(imports)[2], timeout=30)
-    assert hands.events("handoff")[-1]["how"] == "requeue"  # it was about to
+    # it was about to, and was killed in that; or, its signal being late, was told that the job is being cancelled
+    *_, last = hands.events("handoff")
+    assert last["how"] == "requeue" or "was cancelled with scancel" in last["refused"]
 
     for chain in (waits, imports, saves, hands):
         chain.command("submit", str(chain.file))

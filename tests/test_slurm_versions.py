@@ -121,10 +121,10 @@ def check(name: str, chain: Chain) -> None:
         assert stops == ["terminated"]
         assert hows(chain) == ["requeue"]
         assert restarts == [0, 1]
-    elif (
-        name == "twice"
-    ):  # SLURM requeued the job that had resubmitted: its second handoff uses the same new job
-        assert hows(chain) == ["resubmit", "resubmit"]
+    elif name == "twice":
+        # SLURM may requeue the job that has submitted another: then that one, which waits, goes on after it
+        first, second = segments[:2]
+        assert hows(chain) == ["resubmit", "ahead" if second["job"] == first["job"] else "resubmit"]
         carried = {segment["job"] for segment in segments}
         assert len({event["job"] for event in chain.events("submitted")} - carried) <= 1
 

@@ -50,17 +50,16 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         return True
     if described.chain.handoff == "ahead":
         journal.record(run, "handoff", how="ahead", refused="no job is waiting")
+    refused = False
     for way in ways:
-        if (
-            signals.terminated
-            and not terminated
-            and slurm.fate(allocation.job, allocation.restart) == "cancelled"
-        ):
+        # a cancel may have come meanwhile, and be why the way before was refused; its signal may still be on its way
+        heard = signals.terminated and not terminated
+        if (heard or refused) and slurm.fate(allocation.job, allocation.restart) == "cancelled":
             return _refuse(run, allocation, _CANCELLED)
         problem = way(run, allocation, described, signals)
         if problem is None:
             return True
-        how = way.__name__.strip("_")
+        refused, how = True, way.__name__.strip("_")
         journal.record(run, "handoff", how=how, refused=problem)
         say(f"handing over by {how} was refused: {problem}")
     return _refuse(run, allocation, "no way of handing over was left")
