@@ -207,6 +207,8 @@ def test_a_torn_lock_is_respected_for_a_moment_only(run):
     """Who creates a lock has not yet written it; what stays unreadable was left by a crash."""
     for torn in ("", '{"job": "x", "ho', "[]", "null"):
         run.lock.write_text(torn)
+        soon = time.time() + 3600  # however long this test is kept waiting
+        os.utime(run.lock, (soon, soon))
         with pytest.raises(Locked):
             Lock(run, "next", 0).acquire(wait=0)
         assert not (holder(run) or {}).get("alive")

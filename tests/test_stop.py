@@ -247,16 +247,16 @@ def test_all_ranks_settle_on_one_boundary_in_any_interleaving(tmp_path, seed):
 
 
 def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
-    """Timed saves and walltimes cut three uneven ranks at common steps; each goes on exactly."""
+    """Timed saves and a cut come at common steps of three uneven ranks; each goes on exactly."""
     described = {
         "function": f"{PROGRAMS / 'uneven.py'}:train",
         "dir": str(tmp_path / "runs"),
         "args": {"steps": 60, "trace": str(tmp_path / "trace")},
         "checkpoint": {"every": "1s"},
-        "local": {"tasks": 3, "walltime": "9s"},
+        "local": {"tasks": 3},
     }
     results = {}
-    for name, cuts in (("cut", ["--interrupt-at", "40"]), ("whole", ["--walltime", "10min"])):
+    for name, cuts in (("cut", ["--interrupt-at", "40"]), ("whole", [])):
         described["args"]["trace"] = str(tmp_path / name)
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps({"name": name, **described}))

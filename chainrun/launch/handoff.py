@@ -40,7 +40,9 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         "ahead": [_requeue, _resubmit],
         "auto": [_requeue, _resubmit],
     }[described.chain.handoff]
-    if avoids:  # a job that is requeued keeps its options
+    # a job that is requeued keeps its options, and a limit that --time-min let SLURM shorten
+    shortened = described.chain.handoff == "auto" and {"time-min", "time_min"} & set(described.slurm.extra)
+    if avoids or shortened:
         ways = [_resubmit, *(way for way in ways if way is not _resubmit)]
     waiting = _waiting(run, allocation)
     if waiting:  # whatever the policy: beside them a requeued job would be one too many
