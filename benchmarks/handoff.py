@@ -12,6 +12,7 @@ a training whose steps take 0.5 to 3 s.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -129,7 +130,7 @@ def unused(env: dict[str, str], folder: Path, segments: int) -> None:
     for stop in chain.events("stop"):
         segment = stop["segment"]
         passed = times[segment]
-        longest = max([longest, *(after - before for before, after in zip(passed, passed[1:], strict=False))])
+        longest = max([longest, *(after - before for before, after in itertools.pairwise(passed))])
         save = next(one["seconds"] for one in chain.events("checkpoint") if one["segment"] == segment)
         bound = save + longest + 15
         print(f"{segment:>8}{stop['unused_seconds']:>10.1f}{save:>8.2f}{longest:>16.2f}{bound:>9.1f}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import breakers, experiment, function, journal
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
-from chainrun.errors import ChainrunError
+from chainrun.errors import ChainrunError, RankFailed
 from chainrun.lock import BEAT, Lock, Locked
 from chainrun.rundir import RunDir, read_json, write_durably
 from chainrun.training.stop import Pace, SegmentEnd, Signals
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 class Outcome:
     """How a segment ended."""
 
-    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost"]
+    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost", "follows"]
     """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
     the run is done, failed or cancelled, or its chain has stopped. ``halted``: the chain must not go on by itself.
-    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone."""
+    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone.
+    ``follows``: another rank has failed, says so, and sees to what comes next."""
     reason: str = ""
     step: int = 0
     options: str = ""
@@ -67,6 +68,7 @@ def run_segment(
     except SegmentEnd as end:
         step = segment.training.global_step if segment.training else 0
         unused = segment.training.time_left() if segment.training else float("inf")
+        lead = segment.training._lead() if segment.training else {}
         if allocation.rank == 0:
             segment.note(
                 "stop",
@@ -74,6 +76,7 @@ def run_segment(
                 step=step,
                 reason=end.wish.reason,
                 unused_seconds=round(unused, 1) if unused < float("inf") else None,
+                lead={name: round(seconds, 3) for name, seconds in lead.items()},
             )
             say(f"segment {segment.number} stops at step {step} ({end.wish.reason}), checkpoint committed")
         return Outcome("stopped", end.wish.reason, step)
@@ -276,6 +279,9 @@ class _Segment:
             why = f"another segment has taken over {self._run.path}; this one ends: {error}"
             say(why)
             return Outcome("locked", why, step)
+        if isinstance(error, RankFailed):
+            say(f"rank {rank} ends at step {step}: {error}")
+            return Outcome("follows", str(error), step)
         if isinstance(error, ChainrunError):
             text = message = str(error)
         else:
@@ -289,7 +295,7 @@ class _Segment:
         where = f"rank {rank} failed in segment {self.number} at step {step}: "
         say(where + text)
         # an error of the user's function may be the machine's; what chainrun refuses, it refuses again
-        retry = not isinstance(error, ChainrunError) and _failures(self._run) < self._retries
+        retry = not isinstance(error, ChainrunError) and _failures(self._run, self.number) < self._retries
         try:
             journal.record(
                 self._run,
@@ -329,12 +335,12 @@ class _Segment:
             self._lock.release()
 
 
-def _failures(run: RunDir) -> int:
-    """Return how many segments have failed since a person last looked."""
+def _failures(run: RunDir, before: int) -> int:
+    """Return how many segments have failed since a person last looked, without one that fails on several ranks now."""
     failed: set[int] = set()
     for event in journal.events(run, "failed", "continue"):
         failed = failed | {event["segment"]} if event["event"] == "failed" else set()
-    return len(failed)
+    return len(failed - {before})
 
 
 def _plain(result: Any) -> Any:

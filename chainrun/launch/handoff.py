@@ -16,6 +16,7 @@ from chainrun.segment import Outcome, say
 from chainrun.training.stop import Signals
 
 _CANCELLED = "the job was cancelled with scancel"
+_STAND_BY = 90.0  # seconds, in which several commands of SLURM may hang and be given up one after the other
 
 
 def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Signals) -> bool:
@@ -65,6 +66,20 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         journal.record(run, "handoff", how=how, refused=problem)
         say(f"handing over by {how} was refused: {problem}")
     return _refuse(run, allocation, "no way of handing over was left")
+
+
+def claim(run: RunDir, allocation: Allocation) -> bool:
+    """Whether this rank is the one to hand over: where several have failed, only the first does."""
+    try:
+        run.claim(allocation.job, allocation.restart).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def stand_by() -> None:
+    """Wait for the end that comes when another rank has handed over: one's own end would come before that."""
+    time.sleep(_STAND_BY)
 
 
 def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> None:

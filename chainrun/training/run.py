@@ -539,6 +539,10 @@ class Run:
 
     # ---- for the segment -----------------------------------------------------------------------
 
+    def _lead(self) -> dict[str, float]:
+        """Return how long before the job's end it stops, and why, in seconds."""
+        return self._watch.reasons()
+
     def _start(self) -> None:
         self._watch.start()
 

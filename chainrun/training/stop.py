@@ -196,12 +196,19 @@ class Watch:
 
     def lead(self) -> float:
         """Seconds before the job's end at which the segment stops."""
+        return self.reasons()["seconds"]
+
+    def reasons(self) -> dict[str, float]:
+        """Return the lead in ``seconds``, and what it is made of where nobody has set it."""
         if self._lead is not None:
-            return self._lead
+            return {"seconds": self._lead}
         limit = float("inf") if self._end is None else self._end - self._began
         save = self.pace.save_seconds or self._first_save()
         margin = min(15.0, max(1.0, 0.02 * limit))
-        return min(1.5 * self.pace.longest_gap + 1.5 * save + margin, max(0.25 * limit, margin))
+        wanted = 1.5 * self.pace.longest_gap + 1.5 * save + margin
+        # of a short job at most a quarter is given up
+        seconds = min(wanted, max(0.25 * limit, margin))
+        return {"seconds": seconds, "longest_gap": self.pace.longest_gap, "save": save, "margin": margin}
 
     # ---- the side thread -----------------------------------------------------------------------
 
