@@ -315,7 +315,9 @@ def test_signals_and_limits_that_change(tmp_path):
         imports = start("imports")
         shorter = start("shorter", slurm={"lead": "40s"}, args={"nap": 0.9})
         longer = start("longer", slurm={"lead": "15s", "time": "1min"}, args={"nap": 1.2})
-        twice = start("twice", args={"trouble": {"how": "signals", "after": 4}})
+        # at a boundary whose save has just begun
+        every = {"every": {"steps": 1}}
+        twice = start("twice", checkpoint=every, args={"trouble": {"how": "signals", "after": 4}})
         for chain, minutes in ((longer, 20), (shorter, 1)):
             chain.wait(lambda chain=chain: chain.events("start"), 60, "the start")
             cluster.run("scontrol", "update", f"JobId={jobs_of(chain)[0]}", f"TimeLimit={minutes}")
