@@ -18,8 +18,8 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``witness``    what a segment saw first is what the one before saw next: ``segment rank step identical
                compared differs``
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
-``stop``       a segment ends at a boundary: ``segment step reason lead unused_seconds``; ``lead`` says why so long
-               before the end of the job
+``stop``       a segment ends at a boundary: ``segment step reason unused_seconds lead``; of a walltime ``lead`` has
+               the ``seconds`` before the job's end at which to stop, and what for: ``gap save margin`` (s)
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
 ``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
                retry``

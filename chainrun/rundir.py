@@ -75,6 +75,10 @@ class RunDir:
         """Where rank 0 of one segment writes the address that the other ranks connect to."""
         return self.jobs / f"{job}_{restart}_rendezvous.json"
 
+    def claim(self, job: str, restart: int) -> Path:
+        """Made by the rank that hands a failed segment over, the first of those that failed."""
+        return self.jobs / f"{job}_{restart}_handoff"
+
     def checkpoint(self, step: int, repeat: int = 0) -> Path:
         """The directory of the checkpoint at `step`; `repeat` counts further boundaries at the same step."""
         return self.checkpoints / (f"step-{step:08d}" + (f".{repeat}" if repeat else ""))

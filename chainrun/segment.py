@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import breakers, experiment, function, journal
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
-from chainrun.errors import ChainrunError
+from chainrun.errors import ChainrunError, RankFailed
 from chainrun.lock import BEAT, Lock, Locked
 from chainrun.rundir import RunDir, read_json, write_durably
 from chainrun.training.pace import Pace
-from chainrun.training.stop import SegmentEnd, Signals
+from chainrun.training.stop import Lead, SegmentEnd, Signals
 
 if TYPE_CHECKING:
     from chainrun.training.run import Run
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 class Outcome:
     """How a segment ended."""
 
-    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost"]
+    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost", "follows"]
     """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
     the run is done, failed or cancelled, or its chain has stopped. ``halted``: the chain must not go on by itself.
-    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone."""
+    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone.
+    ``follows``: another rank has failed, says so, and sees to what comes next."""
     reason: str = ""
     step: int = 0
     options: str = ""
@@ -74,10 +75,10 @@ def run_segment(
                 segment=segment.number,
                 step=step,
                 reason=end.wish.reason,
-                lead=end.wish.why or None,
                 unused_seconds=round(unused, 1) if unused < float("inf") else None,
+                lead={name: round(seconds, 3) for name, seconds in end.wish.lead.items()} or None,
             )
-            why = f"{end.wish.reason}, {end.wish.why}" if end.wish.why else end.wish.reason
+            why = end.wish.reason + (f", {Lead(**end.wish.lead)}" if end.wish.lead else "")
             say(f"segment {segment.number} stops at step {step} ({why}), checkpoint committed")
         return Outcome("stopped", end.wish.reason, step)
     except Locked as error:  # the run is well, in other hands
@@ -279,6 +280,9 @@ class _Segment:
             why = f"another segment has taken over {self._run.path}; this one ends: {error}"
             say(why)
             return Outcome("locked", why, step)
+        if isinstance(error, RankFailed):
+            say(f"rank {rank} ends at step {step}: {error}")
+            return Outcome("follows", str(error), step)
         if isinstance(error, ChainrunError):
             text = message = str(error)
         else:
@@ -292,7 +296,7 @@ class _Segment:
         where = f"rank {rank} failed in segment {self.number} at step {step}: "
         say(where + text)
         # an error of the user's function may be the machine's; what chainrun refuses, it refuses again
-        retry = not isinstance(error, ChainrunError) and _failures(self._run) < self._retries
+        retry = not isinstance(error, ChainrunError) and _failures(self._run, self.number) < self._retries
         try:
             journal.record(
                 self._run,
@@ -332,12 +336,12 @@ class _Segment:
             self._lock.release()
 
 
-def _failures(run: RunDir) -> int:
-    """Return how many segments have failed since a person last looked."""
+def _failures(run: RunDir, before: int) -> int:
+    """Return how many segments have failed since a person last looked, without one that fails on several ranks now."""
     failed: set[int] = set()
     for event in journal.events(run, "failed", "continue"):
         failed = failed | {event["segment"]} if event["event"] == "failed" else set()
-    return len(failed)
+    return len(failed - {before})
 
 
 def _plain(result: Any) -> Any:

@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, beside
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import fingerprint
 
-pytestmark = pytest.mark.slurm
+# in one group, so that what `beside` starts runs beside the others; `running` starts it
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("running")]
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -94,40 +96,6 @@ def assert_same(chain: Chain, reference: Path, ranks: int = 1) -> None:
         assert mine == fingerprint.read(reference.with_suffix(f".{rank}"))
 
 
-def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_program(slurm_cluster, tmp_path):
-    """Jobs with a one-minute limit are cut by it at least twice and requeued, and nothing shows in the bits."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    # 120 steps of more than a second: more than two walltimes, on the fastest machine too
-    one = Chain(slurm_cluster, tmp_path / "one", args={"epochs": 10, "nap": 1.05}, slurm={"time": "1min"})
-    two = Chain(
-        slurm_cluster,
-        tmp_path / "two",
-        args={"epochs": 20, "nap": 1.05},
-        slurm={"time": "1min", "nodes": 2, "tasks_per_node": 1},
-    )
-    for chain in (one, two):
-        chain.submit()
-    references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
-    for chain in (one, two):
-        chain.wait_done(400)
-    for chain, reference, ranks in ((one, references[0], 1), (two, references[1], 2)):
-        assert_same(chain, reference, ranks)
-        segments = chain.events("segment")
-        assert len(segments) >= 3
-        assert [s["restart"] for s in segments] == list(range(len(segments)))
-        assert {s["world_size"] for s in segments} == {ranks}
-        assert {s["reason"] for s in chain.events("stop")} == {"walltime"}
-        assert {h["how"] for h in chain.events("handoff")} == {"requeue"}
-        metrics = [json.loads(line) for line in (chain.run / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
-        print("unused walltime:", [s["unused_seconds"] for s in chain.events("stop")])
-    log = one.command("logs", str(one.run))
-    assert "segment 1: fresh start" in log
-    assert "segment 3: resuming at step" in log
-    assert "done" in one.command("status", str(one.run))
-
-
 def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):
     """A restart of a finished run does nothing and exits with 0."""
     chain = Chain(slurm_cluster, tmp_path, args={"epochs": 1}, slurm={"time": "5min"})
@@ -199,44 +167,6 @@ def test_a_chain_ends_when_a_limit_of_its_own_is_reached(slurm_cluster, tmp_path
     assert "to go on: chainrun submit" in chain.command("logs", str(chain.run))
 
 
-def test_a_refused_requeue_falls_through_to_a_new_job(slurm_cluster, tmp_path):
-    """Where the job may not be requeued, a new one goes on, and the reason is in the journal."""
-    reference = plain(tmp_path, 4)
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 4, "nap": 0.25}, slurm={"time": "5min"})
-    first = chain.submit()
-    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
-    slurm_cluster.run("scontrol", "update", f"JobId={first}", "Requeue=0")
-    slurm_cluster.run("scancel", "--signal=USR2", first)
-    chain.wait_done(90)
-    assert_same(chain, reference)
-    refused, done = [e for e in chain.events("handoff") if "refused" in e or e["how"] == "resubmit"]
-    assert "disabled" in refused["refused"]
-    assert chain.events("segment")[-1]["job"] == done["job"] != first
-    assert slurm_cluster.job(first)["JobState"] == "COMPLETED"
-
-
-def test_a_job_submitted_ahead_goes_on_and_none_is_left_over(slurm_cluster, tmp_path):
-    """With handoff: ahead the next job waits in the queue from the start; the surplus one is cancelled."""
-    reference = plain(tmp_path, 4)
-    chain = Chain(
-        slurm_cluster,
-        tmp_path,
-        args={"epochs": 4, "nap": 0.25},
-        chain={"handoff": "ahead"},
-        slurm={"time": "5min"},
-    )
-    first = chain.submit()
-    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
-    assert len(chain.events("submitted")) == 2
-    slurm_cluster.run("scancel", "--signal=USR2", first)
-    chain.wait_done(90)
-    assert_same(chain, reference)
-    assert [e["how"] for e in chain.events("handoff")] == ["ahead"]
-    jobs = [e["job"] for e in chain.events("submitted")]
-    assert [e["job"] for e in chain.events("segment")] == jobs[:2]
-    slurm_cluster.wait_job(jobs[2], {"CANCELLED"}, 30)
-
-
 def test_a_chain_submitted_from_python_gives_its_result(slurm_cluster, tmp_path):
     """`chainrun.submit` returns a handle that waits for the run and has what the function returned."""
     code = f"""
@@ -264,3 +194,69 @@ def test_dry_run_shows_the_script_with_every_option(slurm_cluster, tmp_path):
     for line in ("--time=240", "--requeue", "--signal=USR2@120", "--constraint=a100", "module load x"):
         assert line in text
     assert not chain.run.exists()
+
+
+# ---- these wait for minutes, beside the others
+
+
+@beside
+def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_program(tmp_path):
+    """Jobs with a one-minute limit are cut by it at least twice and requeued, and nothing shows in the bits."""
+    with Cluster.own() as cluster:
+        (tmp_path / "one").mkdir()
+        (tmp_path / "two").mkdir()
+        # 120 steps of more than a second: more than two walltimes, on the fastest machine too
+        one = Chain(cluster, tmp_path / "one", args={"epochs": 10, "nap": 1.05}, slurm={"time": "1min"})
+        two = Chain(
+            cluster,
+            tmp_path / "two",
+            args={"epochs": 20, "nap": 1.05},
+            slurm={"time": "1min", "nodes": 2, "tasks_per_node": 1},
+        )
+        for chain in (one, two):
+            chain.submit()
+        references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
+        for chain in (one, two):
+            chain.wait_done(400)
+        for chain, reference, ranks in ((one, references[0], 1), (two, references[1], 2)):
+            assert_same(chain, reference, ranks)
+            segments = chain.events("segment")
+            assert len(segments) >= 3
+            assert [s["restart"] for s in segments] == list(range(len(segments)))
+            assert {s["world_size"] for s in segments} == {ranks}
+            assert {s["reason"] for s in chain.events("stop")} == {"walltime"}
+            assert {h["how"] for h in chain.events("handoff")} == {"requeue"}
+            metrics = [json.loads(line) for line in (chain.run / "metrics.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+            saves = {event["step"]: event["seconds"] for event in chain.events("checkpoint")}
+            for stop in chain.events("stop")[1:]:  # the first one learns
+                assert stop["unused_seconds"] < saves[stop["step"]] + stop["lead"]["gap"] + 15
+                assert stop["unused_seconds"] <= stop["lead"]["seconds"]
+        log = one.command("logs", str(one.run))
+        assert "segment 1: fresh start" in log
+        assert "segment 3: resuming at step" in log
+        assert "done" in one.command("status", str(one.run))
+
+
+@beside
+def test_a_job_submitted_ahead_goes_on_and_none_is_left_over(tmp_path):
+    """With handoff: ahead the next job waits in the queue from the start; the surplus one is cancelled."""
+    with Cluster.own() as cluster:
+        reference = plain(tmp_path, 4)
+        chain = Chain(
+            cluster,
+            tmp_path,
+            args={"epochs": 4, "nap": 0.25},
+            chain={"handoff": "ahead"},
+            slurm={"time": "5min"},
+        )
+        first = chain.submit()
+        chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
+        assert len(chain.events("submitted")) == 2
+        cluster.run("scancel", "--signal=USR2", first)
+        chain.wait_done(90)
+        assert_same(chain, reference)
+        assert [e["how"] for e in chain.events("handoff")] == ["ahead"]
+        jobs = [e["job"] for e in chain.events("submitted")]
+        assert [e["job"] for e in chain.events("segment")] == jobs[:2]
+        cluster.wait_job(jobs[2], {"CANCELLED"}, 30)

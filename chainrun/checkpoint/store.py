@@ -8,6 +8,7 @@ and status ask the same question of the same function: `Store.flaw`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -123,10 +124,14 @@ def flaw(
 
 
 class Store:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    Args:
+        writer: names who writes, so that two never write into one directory, whatever they take themselves for.
+    """
+
+    def __init__(self, run: RunDir, writer: str = "") -> None:
+        self._run, self._owner = run, f".{writer}" if writer else ""
         self.folder = run.checkpoints
         self._trusted: set[Path] = set()  # verified, or written, by this process
 
@@ -189,7 +194,8 @@ class Store:
         return self._run.checkpoint(step, max(taken, default=-1) + 1)
 
     def temporary(self, path: Path) -> Path:
-        return path.with_name(path.name + ".tmp")
+        """Return where a checkpoint is written until it is committed."""
+        return path.with_name(f"{path.name}{self._owner}.tmp")
 
     def set_aside(self, checkpoint: Committed) -> Path:
         """Rename a checkpoint that cannot be trusted, so that its name is free; it is kept to be looked at."""
@@ -199,9 +205,17 @@ class Store:
         return target
 
     def clean(self) -> None:
-        """Remove what crashed saves and removals left. Only for the holder of the run's lock."""
+        """Remove what crashed saves and removals left. Only for the holder of the run's lock, which it has just taken.
+
+        This is the fence against a start that has lost the lock and does not know it yet: its commit renames the
+        directory that it wrote, and so does this. If its rename comes first, its checkpoint is there for whoever looks
+        after this; if ours does, it finds nothing to commit.
+        """
         for path in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+            gone = self.folder / f"step-gone-{time.time_ns()}.tmp"
+            with contextlib.suppress(OSError):
+                os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
         fsync_dir(
             self.folder
         )  # a save killed right after its rename is durable before the run goes on from it

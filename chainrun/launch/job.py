@@ -63,11 +63,21 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
         sys.exit(EXIT_STOPPED)
     if outcome.kind in ("failed", "locked", "lost"):  # srun then ends the ranks that wait for this one
         sys.exit(EXIT_FAILED)
-    if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
-        # of a failed segment the rank that failed hands over: the others may wait for it for ever
-        hands_over = allocation.rank == 0 or outcome.kind == "retry"
-        if hands_over and not handoff.hand_over(run, allocation, outcome, signals):
-            sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
+    slurms = allocation.scheduler == "slurm"
+    if outcome.kind == "stopped" and slurms and allocation.rank == 0:
+        if not handoff.hand_over(run, allocation, outcome, signals):
+            sys.exit(EXIT_STOPPED)
+    elif outcome.kind == "retry" and slurms:
+        # the rank that failed hands over, since the others may wait for it for ever; of several the first
+        if handoff.claim(run, allocation):
+            handoff.hand_over(run, allocation, outcome, signals)
+        else:
+            handoff.stand_by()
+        sys.exit(EXIT_FAILED)  # also where the next job waits: srun then ends the other ranks
+    elif outcome.kind == "follows":
+        if slurms:
+            handoff.stand_by()
+        sys.exit(EXIT_FAILED)
     # of a local chain `chainrun run` starts the next segment
 
 

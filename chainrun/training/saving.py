@@ -75,7 +75,9 @@ class Saving:
     ) -> None:
         self._run, self._setting, self._told, self._wake = run, setting, told, wake
         self._rank = setting.allocation.rank
-        self._store = Store(run)
+        place = setting.allocation
+        # SLURM may start a job again while a start that it has lost still runs
+        self._store = Store(run, f"{place.job}-{place.restart}" if place.scheduler == "slurm" else "")
         self._unready: str | None = None
         self._is_short = False  # there is no room for the next checkpoint, and that has been said
         self._found: dict[str, Any] | None = None  # what was read of the checkpoint that is looked at
@@ -86,7 +88,7 @@ class Saving:
         self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self.newest = Path()
         """The checkpoint that was committed last."""
-        self.metrics = Metrics(run.metrics, active=self._rank == 0)
+        self.metrics = Metrics(run.metrics, active=self._rank == 0, may_write=setting.may_write)
 
     def note(self, event: str, **fields: Any) -> None:
         """Record an event, if this is rank 0; a full disk does not end a training for it."""
@@ -300,6 +302,7 @@ class Saving:
             path, seconds = self._save(step, mine, about, unready)
             self.newest = path
         except CheckpointError as error:
+            self._hold()  # or that is why
             if wish.kind == "stop":
                 raise
             # older checkpoints are untouched and the training is well: it goes on, and tries again in time

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -91,8 +91,8 @@ class Wish:
 
     kind: Literal["save", "stop"]
     reason: str
-    why: str = ""
-    """Of the walltime: how long before the end, and what for."""
+    lead: dict[str, float] = field(default_factory=dict)
+    """Of the walltime: the fields of `Lead`."""
 
 
 class SegmentEnd(BaseException):
@@ -276,7 +276,7 @@ class Watch:
                 return Wish("stop", "cancelled")
         lead = self.lead()
         if self.time_left() <= lead.seconds:
-            return Wish("stop", "walltime", str(lead))
+            return Wish("stop", "walltime", asdict(lead))
         if self._signals.warned and self._warned:  # not the walltime's
             return Wish("stop", "signal")
         due = self._leads and self._every is not None and now - self._last_save >= self._every
