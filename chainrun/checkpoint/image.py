@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 import xxhash
 
-from chainrun.checkpoint import source
+from chainrun.checkpoint import recycled, source
 from chainrun.checkpoint.layout import Content, Planner
 from chainrun.checkpoint.source import digest
 from chainrun.checkpoint.state import nbytes
 from chainrun.errors import CheckpointError
 
-__all__ = ["CHUNK", "RING", "Staging", "digest", "digests", "read", "reason", "said", "write"]
+__all__ = ["CHUNK", "RING", "Progress", "Staging", "digest", "digests", "read", "reason", "said", "write"]
 
 CHUNK = 16 << 20
 RING = 4
@@ -47,29 +48,64 @@ _memmove = ctypes.PyDLL(None).memmove
 _memmove.argtypes, _memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 
 
-def write(path: Path, tree: Any, planner: Planner | None = None) -> tuple[int, str]:
+class Progress:
+    """How far the writing of a file has come: told by the thread that writes, looked at by another one."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        """Set by whoever has no time for it: the writing ends at the next chunk, with an error."""
+        self._began = time.perf_counter()
+        self._share = 0.0
+
+    def tell(self, share: float) -> None:
+        """Say how much of the file is on the disk.
+
+        Raises:
+            CheckpointError: it is not wanted any more.
+        """
+        self._share = share
+        if self.abandoned:
+            raise CheckpointError("given up for the last checkpoint, for which there would have been no time")
+
+    def left(self, whole: float = 0.0) -> float:
+        """Return the seconds that the rest takes at the pace so far.
+
+        Args:
+            whole: what a save like this took before; it is what counts as long as nothing is on the disk.
+        """
+        taken = time.perf_counter() - self._began
+        if self._share:
+            return taken * (1 - self._share) / self._share
+        return max(0.0, whole - taken) if whole else float("inf")
+
+
+def write(
+    path: Path, tree: Any, planner: Planner | None = None, progress: Progress | None = None
+) -> tuple[int, str]:
     """Write a tree of tensors and plain data durably; return the file's size in bytes and its xxh3_128.
 
     Args:
         tree: or a `Staging`: what was staged last.
         planner: keeps what it found out about the tree for the next one like it.
+        progress: is told how far it is.
 
     Raises:
         CheckpointError: the file cannot be written: full disk, quota, permission, or a tensor that torch
             cannot save.
     """
     needed = 0
+    progress = progress or Progress()
     try:
         if isinstance(tree, Staging):
             with tree.lock:
                 needed = tree.size
                 if not needed:
                     raise ValueError("nothing is staged")
-                return _write(path, needed, tree.chunk)
+                return _write(path, needed, tree.chunk, progress)
         needed = nbytes(tree)
         content = (planner or Planner()).content(tree)
         needed = content.size
-        return _write(path, needed, _Ring(content).chunk)
+        return _write(path, needed, _Ring(content).chunk, progress)
     except Exception as error:
         with contextlib.suppress(OSError):
             path.unlink()  # what is free without it is what the message tells
@@ -95,7 +131,9 @@ def digests(tree: Any) -> list[str]:
 # ---- from memory to disk -----------------------------------------------------------------------
 
 
-def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tuple[int, str]:
+def _write(
+    path: Path, size: int, chunk: Callable[[int, int], memoryview], progress: Progress
+) -> tuple[int, str]:
     """Write a file, a chunk at a time.
 
     Args:
@@ -115,6 +153,7 @@ def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tu
                 for begin in range(0, size, CHUNK):
                     if len(under_way) == RING:
                         _wait(under_way.popleft())
+                    progress.tell(max(0, begin - RING * CHUNK) / size)
                     end = min(begin + CHUNK, size)
                     pages = chunk(begin, end)
                     under_way.append(
@@ -125,6 +164,7 @@ def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tu
                     )
                 while under_way:
                     _wait(under_way.popleft())
+        progress.tell(1.0)
         os.ftruncate(file, size)
         os.fsync(file)
     finally:
@@ -138,12 +178,20 @@ def _wait(futures: tuple[Future[None], Future[None]]) -> None:
 
 
 def _open(path: Path) -> int:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    """Open a file to be written; its content is written over where it may be."""
+    again = recycled.opened(path)
+    if again is not None:
+        return again
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()  # some make it before they refuse
         return os.open(path, flags, 0o666)  # a filesystem that has its files in memory, or on another machine
 
 
