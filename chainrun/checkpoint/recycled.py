@@ -31,7 +31,9 @@ def opened(path: Path) -> int | None:
 def _is_ours_alone(file: int) -> bool:
     """Whether nobody else has a file open: only then the kernel grants a lease on it."""
     try:
-        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # who opens it just now is told; unlike SIGIO it kills nobody
+        fcntl.fcntl(
+            file, fcntl.F_SETSIG, signal.SIGURG
+        )  # who opens it just now is told; unlike SIGIO it kills nobody
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError:

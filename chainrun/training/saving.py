@@ -354,11 +354,15 @@ class Saving:
         """Write and commit; where the disk or a quota is full, again without the older checkpoints."""
         group, progress = self._setting.group, self._progress
         try:
-            return writer.save(self._store, group, step, mine, about, unready, self._hold, self._planner, progress)
+            return writer.save(
+                self._store, group, step, mine, about, unready, self._hold, self._planner, progress
+            )
         except DiskFullError as error:
             if not group.broadcast(self._make_room(str(error)) if self._rank == 0 else None):
                 raise
-            return writer.save(self._store, group, step, mine, about, unready, self._hold, self._planner, progress)
+            return writer.save(
+                self._store, group, step, mine, about, unready, self._hold, self._planner, progress
+            )
 
     def _make_room(self, why: str) -> bool:
         """Remove all checkpoints but the newest good one, and those kept for ever; return whether there were some."""
