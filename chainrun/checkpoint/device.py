@@ -1,6 +1,6 @@
-"""Copies from an accelerator into a file's image, beside what the training does next.
+"""What is done with the state where it is, on an accelerator: copied beside the training, and compared.
 
-The training's thread only asks for them. Small tensors are put together on the device first, since a copy of a few
+The training's thread only asks for copies into a file's image. Small tensors are put together on the device first, since a copy of a few
 KB over the bus takes as long as one of a few hundred. What the device is given to do afterwards, the next optimizer
 step above all, waits there for an event behind the copies, so that it cannot change what is still to be copied: not
 from a captured graph either, nor through ``.data``, of which nobody on the CPU would hear.
@@ -9,10 +9,11 @@ from a captured graph either, nor through ``.data``, of which nobody on the CPU 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
+import xxhash
 
 Part: TypeAlias = "tuple[torch.Tensor, int]"
 """Memory of a device, as a tensor of bytes, and the address that it goes to."""
@@ -86,14 +87,9 @@ def _stream(device: torch.device) -> Any:
 
 
 class Copies:
-    """The copies of one state, from all devices that hold a part of it.
+    """The copies of one state, from all devices that hold a part of it."""
 
-    Args:
-        stream: makes what copies from a device.
-    """
-
-    def __init__(self, stream: Callable[[torch.device], Any] = _stream) -> None:
-        self._make = stream
+    def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
         self._rooms: dict[torch.device, torch.Tensor] = {}
         self._under_way: list[tuple[torch.device, list[Part], Any]] = []
@@ -106,7 +102,7 @@ class Copies:
             by_device.setdefault(part[0].device, []).append(part)
         for device, mine in by_device.items():
             if device not in self._streams:
-                self._streams[device] = self._make(device)
+                self._streams[device] = _stream(device)
             small = [part for part in mine if len(part[0]) < _SMALL]
             copies = [(_memory(to, len(source)), source) for source, to in mine if len(source) >= _SMALL]
             if small:
@@ -135,6 +131,56 @@ class Copies:
         if device not in self._rooms or len(self._rooms[device]) < size:
             self._rooms[device] = self._streams[device].room(size + size // 64)
         return self._rooms[device][:size]
+
+
+# ---- what is alike -----------------------------------------------------------------------------
+
+_WORDS = 1 << 24
+"""Words of 8 bytes that are hashed at a time: what the device has to have free is a few times that."""
+_SEEDS = (-0x61C8864680B583EB, 0x2545F4914F6CDD1D)  # odd, with bits as random as any
+_MIX = (-0x00AE502812AA7333, -0x3B314601E57A13AD)  # murmur3's
+
+
+def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """Return a hash of 16 bytes of each tensor of bytes: what is alike in all bits has the same.
+
+    Large ones are hashed where they are; of small ones the bits are fetched, all at once.
+    """
+    large = [tensor for tensor in tensors if len(tensor) >= _SMALL]
+    sums = [_sum(tensor, seed) for tensor in large for seed in _SEEDS]
+    hashes = iter(torch.stack(sums).cpu().view(-1, len(_SEEDS)).numpy() if sums else [])
+    small = [tensor for tensor in tensors if len(tensor) < _SMALL]
+    fetched, at, found = torch.cat(small).cpu().numpy() if small else None, 0, []
+    for tensor in tensors:
+        if len(tensor) >= _SMALL:
+            found.append(next(hashes).tobytes())
+        else:
+            assert fetched is not None
+            found.append(xxhash.xxh3_128_digest(fetched[at : at + len(tensor)].data))
+            at += len(tensor)
+    return found
+
+
+def _sum(tensor: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return the sum of a hash of every word and its place; a sum of integers is the same in any order."""
+    whole = len(tensor) // 8 * 8
+    if tensor.storage_offset() % 8:
+        tensor = tensor.clone()
+    words, total = (
+        tensor[:whole].view(torch.int64),
+        torch.full((), len(tensor), dtype=torch.int64, device=tensor.device),
+    )
+    rest = torch.zeros(8, dtype=torch.uint8, device=tensor.device)
+    rest[: len(tensor) - whole] = tensor[whole:]
+    for begin, part in [
+        *((n, words[n : n + _WORDS]) for n in range(0, len(words), _WORDS)),
+        (-1, rest.view(torch.int64)),
+    ]:
+        mixed = torch.arange(begin + 2, begin + 2 + len(part), device=tensor.device).mul_(seed).add_(part)
+        for factor in _MIX:
+            mixed.bitwise_xor_((mixed >> 33).bitwise_and_(0x7FFFFFFF)).mul_(factor)
+        total.add_(mixed.bitwise_xor_((mixed >> 33).bitwise_and_(0x7FFFFFFF)).sum())
+    return total
 
 
 def _memory(address: int, size: int) -> torch.Tensor:

@@ -308,13 +308,13 @@ class Staging:
     device may still be on its way when `stage` returns: see `device`.
     """
 
-    def __init__(self, planner: Planner | None = None, copies: device.Copies | None = None) -> None:
+    def __init__(self, planner: Planner | None = None) -> None:
         self.lock = threading.Lock()
         """Held while the memory is written to disk or filled; `stage` and `write` wait for each other."""
         self.size = 0
         """Bytes of the file that was staged last."""
         self._planner = planner or Planner()
-        self._copies = copies or device.Copies()
+        self._copies = device.Copies()
         self._memory: _Memory | None = None
         self._records: Any = None
 

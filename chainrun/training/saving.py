@@ -18,7 +18,7 @@ from chainrun import journal
 from chainrun.allocation import Allocation
 from chainrun.checkpoint import reader, writer
 from chainrun.checkpoint.ahead import Ahead, files_of
-from chainrun.checkpoint.image import Progress, Staging
+from chainrun.checkpoint.image import CHUNK, RING, Progress, Staging
 from chainrun.checkpoint.layout import Planner
 from chainrun.checkpoint.store import Committed, Store, flaw, read_committed
 from chainrun.checkpoint.writer import Ready
@@ -84,6 +84,7 @@ class Saving:
         self._store = Store(run)
         self._store.recycles = setting.background  # a `Run` made by hand is never closed
         self._unready: str | None = None
+        self._is_slow = False  # there is no memory for a copy of the state, and that has been said
         self._is_short = False  # there is no room for the next checkpoint, and that has been said
         self._found: dict[str, Any] | None = None  # what was read of the checkpoint that is looked at
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chainrun-save")
@@ -258,7 +259,12 @@ class Saving:
                 mine = writer.copied(mine, self._staging)
             except CheckpointError as error:
                 background = False
-                self._setting.say(f"warning: {error}; the training waits while the checkpoint is written")
+                if not self._is_slow:
+                    self._is_slow = True
+                    self._setting.say(
+                        f"warning: {error}; the training waits while a checkpoint is written, which then takes "
+                        f"{RING * CHUNK >> 20} MB"
+                    )
         stall = time.perf_counter() - began if background else None
         self._progress = Progress()
         self._running = self._thread.submit(
