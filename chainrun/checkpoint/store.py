@@ -133,6 +133,9 @@ class Store:
     def __init__(self, run: RunDir, writer: str = "") -> None:
         self._run, self._owner = run, f".{writer}" if writer else ""
         self.folder = run.checkpoints
+        self.recycles = False
+        """Whether the files of one retired checkpoint are kept for the next save to write over."""
+        self._spare: Path | None = None
         self._trusted: set[Path] = set()  # verified, or written, by this process
 
     def _directories(self) -> list[tuple[tuple[int, int], Path]]:
@@ -197,6 +200,56 @@ class Store:
         """Return where a checkpoint is written until it is committed."""
         return path.with_name(f"{path.name}{self._owner}.tmp")
 
+    def begin(self, path: Path) -> Path:
+        """Make the directory in which a checkpoint is put together, of a retired one where that is kept.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        temporary = self.temporary(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with contextlib.suppress(OSError):
+                os.rename(spare, temporary)
+                return temporary
+            shutil.rmtree(spare, ignore_errors=True)
+        temporary.mkdir()
+        return temporary
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes on the disk that the next save writes over."""
+        try:
+            return sum(file.stat().st_size for file in self._spare.iterdir()) if self._spare else 0
+        except OSError:
+            return 0
+
+    def drop_spare(self) -> bool:
+        """Remove what is kept for the next save; return whether there was something."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            shutil.rmtree(spare, ignore_errors=True)
+        return spare is not None
+
+    def _keep(self, removed: Path, names: set[str]) -> bool:
+        """Keep a retired directory's files of these names for the next save; return whether it was done."""
+        if not self.recycles or self._spare is not None:
+            return False
+        try:
+            (removed / MANIFEST).unlink()  # first of all: what is written over never looks like a checkpoint
+            for path in list(removed.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in names:
+                    path.unlink()
+            fsync_dir(removed)
+            fsync_dir(self.folder)  # after a power cut it must not be there under its old name
+        except OSError:
+            return False
+        self._spare = removed
+        return True
+
     def set_aside(self, checkpoint: Committed) -> Path:
         """Rename a checkpoint that cannot be trusted, so that its name is free; it is kept to be looked at."""
         target = checkpoint.path.with_name(f"{checkpoint.path.name}.flawed-{time.time_ns()}")
@@ -245,12 +298,15 @@ class Store:
         """
         good = 0
         retired = []
-        for checkpoint in self.committed():
+        found = self.committed()
+        newest = found[0] if found else None
+        for checkpoint in found:
             if good >= keep:
                 retired.append(checkpoint)
             elif self.flaw(checkpoint) is None:
                 good += 1
         for checkpoint in reversed(retired):
+            assert newest is not None
             if keep_every and checkpoint.step % keep_every == 0:
                 continue
             # renamed first: a crash leaves no half of a checkpoint under its name, and `clean` finds the rest
@@ -260,5 +316,6 @@ class Store:
             except OSError:
                 continue  # tried again after the next save
             self._trusted.discard(checkpoint.path)
-            shutil.rmtree(removed, ignore_errors=True)
+            if not self._keep(removed, {name for name in newest.manifest["files"] if "/" not in name}):
+                shutil.rmtree(removed, ignore_errors=True)
             yield checkpoint

@@ -171,7 +171,10 @@ class Control:
 
     def leave(self) -> None:
         """Rank 0 serves the store: it goes last."""
-        self._main.add("gone", 1)
+        try:
+            self._main.add("gone", 1)
+        except RuntimeError:
+            return  # it was killed, or gave up waiting: how this rank's segment ended is not changed by that
         until = time.monotonic() + 30
         while self.rank == 0 and time.monotonic() < until and self._main.add("gone", 0) < self.world_size:
             time.sleep(_POLL)

@@ -64,7 +64,7 @@ class Run:
         self.global_step = 0
         self.epoch = 0
         self.state: dict[str, Any] = {}
-        self._saving = Saving(self._run, setting, self._note_saved, self._wake)
+        self._saving = Saving(self._run, setting, self._note_saved, self._wake, self.time_left)
         self._metrics = self._saving.metrics
         self._objects: dict[str, objects.Stateful] = {}
         self._loaders: dict[str, Any] = {}
