@@ -6,6 +6,7 @@ pickle can go stale; and it is unpickled fast, so that the moment in which a sig
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -30,6 +31,7 @@ class Job:
 
     def __call__(self) -> None:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
+        _one_log()
         run = RunDir(Path(self.path))
         allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
         try:
@@ -69,6 +71,13 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
         if hands_over and not handoff.hand_over(run, allocation, outcome, signals):
             sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
     # of a local chain `chainrun run` starts the next segment
+
+
+def _one_log() -> None:
+    """Send errors where output goes: in two files nobody can tell any more what came after what."""
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        os.dup2(1, 2)
 
 
 def _end_workers() -> None:

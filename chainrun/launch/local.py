@@ -136,7 +136,8 @@ def _gpus() -> list[int]:
 def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, progress: Progress) -> int | None:
     """Wait for a segment's end; return the exit code, None where the next segment is to start."""
     told, told_at = 0, 0.0
-    before = sum(1 for _ in journal.events(run, *_ENDS))
+    followed = journal.Follower(run, skip=True)
+    ends: list[dict[str, Any]] = []  # of this segment
     ranks: set[int] = set()
     lost_at: float | None = None
     while process.poll() is None:
@@ -156,7 +157,8 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
             process.send_signal(signal.SIGTERM)
         alive = _tasks(process.pid)
         ranks |= alive
-        failed = any(e["event"] == "failed" for e in _ends(run, before))
+        ends += [event for event in followed.new() if event["event"] in _ENDS]
+        failed = any(event["event"] == "failed" for event in ends)
         if lost_at is None and (failed or (alive and alive != ranks)):
             lost_at = now
         if lost_at is not None and now - lost_at > _GRACE:
@@ -172,7 +174,8 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
         )
         return EXIT_FAILED
     again = f"to go on: chainrun run {run.experiment}"
-    event = next(iter(reversed(_ends(run, before))), None)
+    ends += [event for event in followed.new() if event["event"] in _ENDS]
+    event = ends[-1] if ends else None
     held = holder(run)
     if event is None and held and held["alive"]:
         progress.write(f"the run is being trained already, by process {held['pid']}; nothing was done")
@@ -195,11 +198,6 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
         return EXIT_STOPPED
     journal.record(run, "handoff", how="local")
     return None
-
-
-def _ends(run: RunDir, before: int) -> list[dict[str, Any]]:
-    """Return the ends of segments in the journal, without the first `before`, which are of older segments."""
-    return list(journal.events(run, *_ENDS))[before:]
 
 
 def _tasks(controller: int) -> set[int]:

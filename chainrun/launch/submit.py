@@ -98,9 +98,7 @@ def jobs_of(run: RunDir, *, recent: bool = False) -> list[str]:
         recent: only those since a person last let the chain go on.
     """
     events = breakers.since_a_person_looked(run) if recent else journal.events(run)
-    submitted = [event for event in events if event["event"] in ("submitted", "handoff")]
-    jobs = [str(event["job"]) for event in submitted if event.get("job")]
-    return list(dict.fromkeys(jobs))
+    return journal.jobs(events)
 
 
 def warning(described: Experiment) -> int:
