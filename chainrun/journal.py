@@ -33,6 +33,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -62,7 +63,7 @@ def last(run: RunDir, *kinds: str) -> dict[str, Any] | None:
 
 
 def brief(run: RunDir) -> list[dict[str, Any]]:
-    """Return all events, oldest first, but of the checkpoints, which are most of them, only the newest.
+    """Return the events, oldest first, but of checkpoints and of good witnesses, which are most of them, the newest.
 
     So a look at a hundred long runs need not read a hundred thousand lines.
     """
@@ -70,13 +71,14 @@ def brief(run: RunDir) -> list[dict[str, Any]]:
         lines = run.journal.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    saved = [number for number, line in enumerate(lines) if _CHECKPOINT in line[:80]]
-    for number in saved[:-1]:
-        lines[number] = b""
+    for mark, more in _MANY:
+        many = [number for number, line in enumerate(lines) if mark in line[:60] and more in line]
+        for number in many[:-1]:
+            lines[number] = b""
     return _parsed(lines)
 
 
-_CHECKPOINT = b'"event": "checkpoint"'
+_MANY = ((b'"event": "checkpoint"', b""), (b'"event": "witness"', b'"identical": true'))
 
 
 class Follower:
@@ -106,16 +108,16 @@ class Follower:
 
 
 def _parsed(lines: list[bytes]) -> list[dict[str, Any]]:
-    """Return what lines hold; one torn by a crash is passed over."""
-    found = []
-    for line in lines:
-        try:
-            event = json.loads(line) if line else None
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "event" in event:
-            found.append(event)
-    return found
+    """Return the events that lines hold; one torn by a crash is passed over."""
+    lines = [line for line in lines if line]
+    try:
+        found = json.loads(b"[" + b",".join(lines) + b"]")  # one call costs half of what many do
+    except ValueError:
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return [event for event in found if isinstance(event, dict) and "event" in event]
 
 
 def witnessed(event: dict[str, Any]) -> str:

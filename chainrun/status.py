@@ -127,7 +127,7 @@ def plain(group: str, one: Standing, queue: dict[str, Queued], problem: str) -> 
     state, newest = one.state(queue, problem), one.newest
     held: dict[str, Any] = one.held if one.alive and one.held else {}
     last = one.segments[-1].start if one.segments else {}
-    witness = one.last("witness")
+    witness = one.witness
     expected = state.word in ("running", "queued")
     return {
         "name": one.run.path.name,

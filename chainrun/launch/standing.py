@@ -142,6 +142,15 @@ class Standing:
         return next((event for event in reversed(self.events) if event["event"] in kinds), None)
 
     @property
+    def witness(self) -> dict[str, Any] | None:
+        """What the newest segment that compared found: what differed on any rank, if something did."""
+        newest = self.last("witness")
+        if newest is None:
+            return None
+        mine = [e for e in self.events if e["event"] == "witness" and e["segment"] == newest["segment"]]
+        return next((event for event in mine if not event["identical"]), newest)
+
+    @property
     def open_jobs(self) -> list[str]:
         """The jobs that may be in the queue: the one that started last, and those submitted after it."""
         if self.done or self.failed:
