@@ -130,6 +130,11 @@ def witnessed(event: dict[str, Any]) -> str:
     return f"witnessed at step {step}: {', '.join(most)}{' and ' * bool(most)}{last} identical"
 
 
+def finished(run: RunDir) -> str:
+    """Return how a run that is done came to its end, in a sentence."""
+    return tell(last(run, "done") or {"event": ""}) or "done"
+
+
 def jobs(told: Iterable[dict[str, Any]]) -> list[str]:
     """Return the ids of the SLURM jobs that were submitted, by events, newest last."""
     submitted = (event for event in told if event["event"] in ("submitted", "handoff"))

@@ -71,6 +71,11 @@ class RunDir:
         """The chain has stopped by itself: JSON with ``why`` and the ``command`` that goes on."""
         return self.path / "HALTED"
 
+    @property
+    def notified(self) -> Path:
+        """The experiment's ``notify`` was run for this end of the chain, or runs while the file is empty."""
+        return self.path / "NOTIFIED"
+
     def rendezvous(self, job: str, restart: int) -> Path:
         """Where rank 0 of one segment writes the address that the other ranks connect to."""
         return self.jobs / f"{job}_{restart}_rendezvous.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from chainrun import journal
 from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE
-from chainrun.launch import slurm
+from chainrun.launch import notify, slurm
 from chainrun.launch.submit import jobs_of
 from chainrun.lock import holder
 from chainrun.rundir import open_run, write_durably
@@ -35,6 +35,7 @@ def cancel(path: Path) -> int:
     if held and held["alive"]:
         then = "its job was cancelled" if jobs else "it will stop at the next one"
         print(f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; {then}")
+    notify.notify(run, "stopped", "the run was cancelled")  # unless its last segment has
     newest = Store(run).latest()
     where = f"its newest checkpoint is of step {newest.step}" if newest else "it has no checkpoint"
     again = "submit" if jobs_of(run) else "run"

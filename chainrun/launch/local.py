@@ -23,8 +23,10 @@ from chainrun import breakers, journal
 from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from chainrun.experiment import Experiment
+from chainrun.launch import notify
 from chainrun.launch.job import LOCAL, Job
 from chainrun.launch.progress import Progress
+from chainrun.launch.standing import Standing
 from chainrun.lock import holder
 from chainrun.rundir import RunDir
 
@@ -69,12 +71,28 @@ def run_chain(
         walltime: seconds that a segment may last, instead of the experiment's ``local.walltime``.
         quiet: print nothing but warnings and errors.
     """
-    with _interruptible() as asked, Progress(run, quiet=quiet) as progress:
-        while True:
-            process = _start(run, described, interrupt_at, walltime or described.local.walltime)
-            code = _watch(run, described, process, asked, progress)
-            if code is not None:
-                return code
+    code = None
+    with _interruptible() as asked:
+        with Progress(run, quiet=quiet) as progress:
+            while code is None:
+                process = _start(run, described, interrupt_at, walltime or described.local.walltime)
+                code = _watch(run, described, process, asked, progress)
+        if code != EXIT_USAGE:
+            _tell(run)
+    return code
+
+
+def _tell(run: RunDir) -> None:
+    """Let the experiment's ``notify`` know how the chain has ended."""
+    if run.done.exists():
+        notify.notify(run, "finished", journal.finished(run))
+    elif run.failed.exists():
+        notify.notify(run, "failed", (journal.last(run, "failed") or {}).get("error", "the run has failed"))
+    else:
+        state = Standing(run).state({})
+        notify.notify(
+            run, "stopped", f"{state.remark or state.word}; to go on: chainrun run {run.experiment}"
+        )
 
 
 def run_one(run: RunDir, described: Experiment, interrupt_at: Sequence[int], **more: Any) -> int:

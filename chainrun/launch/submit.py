@@ -77,7 +77,7 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
     run.create()
     if changes:
         write_durably(run.experiment, experiment.to_yaml(described).encode())
-    for marker in (run.stop, run.failed, run.halted):
+    for marker in (run.stop, run.failed, run.halted, run.notified):
         marker.unlink(missing_ok=True)
     journal.record(run, "continue", changes=changes)
     return run, "continued"
