@@ -437,7 +437,7 @@ def test_ctrl_c_while_a_segment_starts_ends_the_chain_too(tmp_path):
         code = process.wait(30)
         assert group_is_empty(process), exp.said()
         stopped = len(exp.events("stop"))
-        print(f"Ctrl-C {delay} s after the start: {code}, {exp.said().splitlines()[-1]}")
+        print(f"Ctrl-C {delay} s after the start: {code}, {exp.said().splitlines()[-1:]}")
         assert code in ([75] if stopped else [1, 130]), exp.said()  # 130: before anything was started
         if code != 130:
             assert ("stopped at step" if stopped else "stopped before it could save") in exp.said()
