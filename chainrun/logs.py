@@ -51,10 +51,11 @@ def logs(
     out, reader, ended = _Out(segment, lines), _Reader(run, rank), _End(run)
     while True:
         over = ended.over()  # before reading: what is written until then is read
-        for part in reader.new(patient=follow and not over):
+        parts = list(reader.new(patient=follow and not over))
+        for part in parts:
             out.take(part)
         out.flush()
-        if not follow or over:
+        if not follow or (over and not parts):  # the last lines come after the marker of the end
             break
         time.sleep(POLL)
     for part in reader.rest():
@@ -83,14 +84,14 @@ class _End:
     def over(self) -> str:
         """Return how the chain has ended, empty as long as it goes on."""
         run = self._run
+        held = holder(run)
+        if held and held["alive"]:  # it has more to say, and a run that is cancelled saves first
+            self._still = None
+            return ""
         if run.done.exists():
             return "the run is done"
         if run.failed.exists():
             return "the run has failed"
-        held = holder(run)
-        if held and held["alive"]:  # a run that is cancelled saves and stops first
-            self._still = None
-            return ""
         if run.stop.exists():
             return "the run was cancelled"
         if run.halted.exists():

@@ -224,7 +224,9 @@ def test_budgets_bad_nodes_and_held_jobs(cluster, start, reference):
     held = start("held", slurm={"extra": {"hold": True}}, args={"nap": 0.5})
 
     job = jobs_of(held)[0]
-    assert f"scontrol release {job}" in held.command("status", str(held.run))
+    (asked,) = json.loads(held.command("status", "--json", str(held.run)))
+    assert (asked["state"], asked["next"]) == ("held", f"scontrol release {job}")
+    assert [(one["job"], one["state"]) for one in asked["queue"]] == [(job, "PENDING")]
     assert f"scontrol release {job}" in held.command("submit", str(held.file), code=2)
     cluster.run("scontrol", "release", job)
     wait_step(held)

@@ -99,7 +99,13 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     # 120 steps of more than a second: more than two walltimes, on the fastest machine too
-    one = Chain(slurm_cluster, tmp_path / "one", args={"epochs": 10, "nap": 1.05}, slurm={"time": "1min"})
+    one = Chain(
+        slurm_cluster,
+        tmp_path / "one",
+        args={"epochs": 10, "nap": 1.05},
+        slurm={"time": "1min"},
+        notify=f'echo "$CHAINRUN_EVENT at $CHAINRUN_STEP: $CHAINRUN_MESSAGE" >> {tmp_path}/told',
+    )
     two = Chain(
         slurm_cluster,
         tmp_path / "two",
@@ -108,6 +114,9 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
     )
     for chain in (one, two):
         chain.submit()
+    follow = [sys.executable, "-m", "chainrun", "logs", "-f", "--rank", "1", str(two.run)]
+    with open(tmp_path / "followed", "w") as file:
+        follower = subprocess.Popen(follow, stdout=file, stderr=file)
     references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
     for chain in (one, two):
         chain.wait_done(400)
@@ -125,7 +134,28 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
     log = one.command("logs", str(one.run))
     assert "segment 1: fresh start" in log
     assert "segment 3: resuming at step" in log
+    assert follower.wait(30) == 0
+    rank_1 = two.command("logs", str(two.run), "--rank", "1")
+    followed = (tmp_path / "followed").read_text().removesuffix("chainrun: the run is done\n")
+    said, shown = (
+        [line for line in text.splitlines() if not line.startswith("submitit INFO")]  # may come after the end
+        for text in (rank_1, followed)
+    )
+    assert said == shown
+    for chain, text in ((one, log), (two, rank_1)):
+        marks = [line for line in text.splitlines() if line.startswith("────")]
+        assert len(marks) == len(chain.events("segment"))
+        for mark, start, stop in zip(
+            marks[1:], chain.events("segment")[1:], chain.events("stop"), strict=True
+        ):
+            assert mark.startswith(f"──── segment {start['segment']} · job {start['job']} on ")
+            assert mark.endswith(f"the one before: walltime at step {stop['step']}, requeued ────")
     assert "done" in one.command("status", str(one.run))
+    segments = len(one.events("segment"))
+    one.wait(lambda: one.events("notified"), 30, "the notification")
+    assert (
+        tmp_path / "told"
+    ).read_text() == f"finished at 120: done after 120 steps and {segments} segments\n"
 
 
 def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):

@@ -223,8 +223,10 @@ class Standing:
     @cached_property
     def again(self) -> str:
         """The command with which a person lets the run go on, or starts it."""
-        how = "submit" if journal.jobs(self.events) else "run"
-        return f"chainrun {how} {self.run.experiment}"
+        submitted = self.last("submitted")
+        if submitted and submitted.get("command"):  # a person's own script
+            return str(submitted["command"])
+        return f"chainrun {'submit' if journal.jobs(self.events) else 'run'} {self.run.experiment}"
 
     # ---- progress
 
