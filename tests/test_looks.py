@@ -429,6 +429,7 @@ def test_the_number_of_all_steps_is_learned_from_the_loops():
     )  # as the segment before had learned
     assert Extent().look(60, {"epochs": {"index": 3, "of": 3}}, []) == (60, 1.0)
     assert Extent().look(5, {}, []) == (None, None)
+    assert Extent(100).look(5, {}, []) == (100, 0.05)
 
 
 def test_a_jobs_log_has_a_line_now_and_then(tmp_path, capsys, monkeypatch):

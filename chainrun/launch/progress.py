@@ -70,4 +70,5 @@ class Progress:
     def finish(self) -> None:
         if self._bar is not None:
             self._bar.n = 1.0
+            self._bar.set_description_str("done", refresh=False)
             self._bar.refresh()

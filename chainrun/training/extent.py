@@ -26,8 +26,8 @@ class Extent:
             passes: of each loader how many batches of its pass are handed out, of how many, and whether it runs.
         """
         place = ranges.get("steps") or ranges.get("epochs")
-        if place is None or not place["of"]:
-            return None, None
+        if place is None or not place["of"]:  # the loops have not begun (yet), or there are none
+            return self._total, min(1.0, step / self._total) if self._total else None
         index, of = place["index"], place["of"]
         if index >= of:
             self._total = step
