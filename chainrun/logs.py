@@ -137,9 +137,12 @@ class _File:
 
     def read(self) -> None:
         """Read what was added."""
-        with open(self.path, "rb") as file:
-            file.seek(self.at)
-            data = file.read()
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.at)
+                data = file.read()
+        except FileNotFoundError:  # removed while it was followed
+            return
         self.at += len(data)
         *whole, self.rest = (self.rest + data).split(b"\n")
         self.lines.extend(line + b"\n" for line in whole)

@@ -27,6 +27,7 @@ and has a few seconds to answer. ``--json`` prints a list with one object a run,
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -92,7 +93,7 @@ def _found(paths: list[Path]) -> list[tuple[str, Standing]]:
     """
     found: list[tuple[str, Standing]] = []
     for path in paths:
-        if RunDir(path).experiment.is_file():
+        if _is_run(RunDir(path)):
             found.append(("", Standing(open_run(path))))
         elif path.is_dir():
             runs = [(group, Standing(run)) for group, run in _runs_in(path)]
@@ -108,13 +109,26 @@ def _found(paths: list[Path]) -> list[tuple[str, Standing]]:
 
 def _runs_in(folder: Path) -> Iterator[tuple[str, RunDir]]:
     """Yield the runs in a folder, then those of its groups."""
-    children = sorted(child for child in folder.absolute().iterdir() if child.is_dir())
-    runs = [RunDir(child) for child in children]
-    yield from (("", run) for run in runs if run.experiment.is_file())
-    for run in runs:
-        if not run.experiment.is_file():
-            inside = [RunDir(child) for child in sorted(run.path.iterdir())]
-            yield from ((run.path.name, each) for each in inside if each.experiment.is_file())
+    children = _folders(folder.absolute())
+    yield from (("", child) for child in children if _is_run(child))
+    for child in children:
+        if not _is_run(child):
+            yield from ((child.path.name, each) for each in _folders(child.path) if _is_run(each))
+
+
+def _folders(folder: Path) -> list[RunDir]:
+    """Return what may be runs in a folder; nothing of one that may not be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                RunDir(folder / name) for name in sorted(entry.name for entry in entries if entry.is_dir())
+            ]
+    except PermissionError:
+        return []
+
+
+def _is_run(run: RunDir) -> bool:
+    return os.path.isfile(run.experiment)  # also where nobody may look
 
 
 def _ask(found: list[Standing]) -> tuple[dict[str, Queued], str]:

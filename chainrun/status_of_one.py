@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from chainrun import journal, pace
+from chainrun.checkpoint.store import Store
 from chainrun.durations import rough_duration
 from chainrun.inspect_runs import size
 from chainrun.launch import slurm
@@ -55,7 +56,7 @@ def _rows(one: Standing, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "queue", f"job {queued['job']} {queued['state']}{reason}{start}"
     saved = about["checkpoint"]
     if saved:
-        kept = sum(1 for _ in one.run.checkpoints.glob("step-*[0-9]"))
+        kept = len(Store(one.run).committed())
         told = f"{size(saved['size'])}, {age(one.now - saved['time'])}; {kept} kept"
         yield "checkpoint", f"step {saved['step']}, {told}: {saved['path']}"
     else:
@@ -66,7 +67,9 @@ def _rows(one: Standing, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if failed:
         where = f"segment {failed['segment']}, rank {failed['rank']}, step {failed['step']}, {age(one.now - failed['time'])}"
         yield "last error", f"{failed['error'].partition(chr(10))[0]} ({where})"
-    warnings = [event for event in one.recent if event["event"] in _WARNINGS]
+    warnings = [
+        e for e in one.recent if e["event"] in _WARNINGS or (e["event"] == "notified" and e["problem"])
+    ]
     for event in warnings[-SHOWN:]:
         yield "warning", f"{stamp(event['time'])}  {_warning(event)}"
     yield (
@@ -79,6 +82,8 @@ def _rows(one: Standing, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _warning(event: dict[str, Any]) -> str:
     if event["event"] == "exclude":
         return f"{event['failures']} segments failed on node {event['node']}: the next jobs keep away from it"
+    if event["event"] == "notified":
+        return f"notify, told that the chain has {event['of']}, {event['problem']}"
     return (journal.tell(event) or "").removeprefix("warning: ")
 
 

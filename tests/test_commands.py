@@ -290,7 +290,7 @@ def test_status_shows_where_every_run_stands(finished, tmp_path, capsys):
     """A line a run with its step, segments and last checkpoint; a run that never started has one too."""
     header, line = main(capsys, "status", finished.run.path.parent, code=0).splitlines()
     assert header.split() == ["run", "state", "step", "segments", "ends", "last", "checkpoint"]
-    assert re.fullmatch(r"exp +done +20 \(100%\) +2 +- +\d+(\.\d+)? kB, \d+s ago", line), line
+    assert re.fullmatch(r"exp +done +20 \(100%\) +2 +- +\d+(\.\d+)? kB, \w[\w ]* ago", line), line
     fresh = Exp(tmp_path, args={"steps": 20})
     submit.prepare(experiment.load(fresh.file), tmp_path)
     lines = main(capsys, "status", fresh.run.path, finished.run.path, code=0).splitlines()

@@ -122,8 +122,9 @@ def test_a_segments_first_line_says_what_it_is(spoken, capsys):
     assert last == "".join(main(capsys, "logs", spoken.run.path, code=0).splitlines(keepends=True)[-3:])
 
 
-def test_logs_that_are_followed_end_where_a_chain_stops_by_itself(spoken, tmp_path, capsys):
+def test_logs_that_are_followed_end_where_a_chain_stops_by_itself(spoken, tmp_path, capsys, monkeypatch):
     """With HALTED, as of a chain on SLURM, and without, as of one here; and they say why and how to go on."""
+    monkeypatch.setattr("chainrun.logs.GRACE", 0.5)
     run = RunDir(Path(shutil.copytree(spoken.folder / "halted", tmp_path / "run")))
     local_stop = main(capsys, "logs", "-f", run.path, code=0)
     assert (
@@ -175,12 +176,12 @@ def test_status_of_one_run_tells_all_of_it(spoken, capsys):
     for pattern in (
         r"step +7 of 20 \(35%\)\n",
         r"pace +\S+ (steps/s|s/step), \S+ of training left\n",
-        r"checkpoint +step 7, [\d.]+ kB, \d+s ago; 1 kept: /",
+        r"checkpoint +step 7, [\d.]+ kB, \w[\w ]* ago; 1 kept: /",
         r"segments +2: 1 interrupt, 1 failed\n",
         r" 1 +\w+ \d+ [\d:]+  job \d+ on \S+, fresh: interrupt at step 7; the chain stopped: it has had 1 segments",
         r" 2 +\w+ \d+ [\d:]+  job \d+ on \S+, from step 7: failed at step 11: ValueError: planted at step 12\n",
         r"witness +witnessed at step 7: state, random streams and next batch identical\n",
-        r"last error +ValueError: planted at step 12 \(segment 2, rank 0, step 11, \d+s ago\)\n",
+        r"last error +ValueError: planted at step 12 \(segment 2, rank 0, step 11, \w[\w ]* ago\)\n",
         r"next +chainrun logs \S+/failed shows all; once it is mended: chainrun run \S+/failed/experiment.yaml\n",
     ):
         assert re.search(pattern, said), (pattern, said)
@@ -223,7 +224,7 @@ def test_status_of_a_running_segment_knows_its_pace_and_walltime(spoken, tmp_pat
     assert found["end"] == pytest.approx(time.time() + 500, abs=120)
     said = main(capsys, "status", run.path, code=0)
     assert re.search(r"step +300 of 1300 \(23%\), epoch 3, loss 0\.25\n", said)
-    assert re.search(r"now +segment 2: job 9 on \S+, 2 ranks, heard of \d+s ago\n", said)
+    assert re.search(r"now +segment 2: job 9 on \S+, 2 ranks, heard of \w[\w ]* ago\n", said)
     assert re.search(r"walltime +in 1h, at ", said)
     row = main(capsys, "status", tmp_path, code=0).splitlines()[1]
     assert re.match(r"run +running +300 of 1300 \(23%\) +2 +\w\w\w \d\d \d\d:\d\d +", row)
@@ -353,6 +354,37 @@ def test_how_segments_ended_is_told_in_words():
         "failed at step 9: E: x",
         "",
     ]
+
+
+def test_a_job_that_was_killed_is_explained_by_slurms_memory_or_its_accounting(
+    spoken, tmp_path, capsys, monkeypatch
+):
+    """squeue remembers for minutes, sacct for months; where neither says anything, nothing is said."""
+    run = RunDir(Path(shutil.copytree(spoken.folder / "halted", tmp_path / "run")))
+    journal.record(run, "continue", changes=[])
+    journal.record(run, "submitted", job="7")
+    where = {"job": "7", "restart": 0, "host": "n1", "world_size": 1, "checkpoint": "step-00000007"}
+    journal.record(run, "segment", segment=2, **where, resumed=True, step=7, seconds=0.1)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    remembers = 'case "$*" in *--states=all*) echo "7|NODE_FAIL|None";; esac'
+    for squeue, sacct, said in (
+        (remembers, "exit 1", "NODE_FAIL"),
+        (unknown, "printf 'OUT_OF_MEMORY\\n'", "OUT_OF_MEMORY"),
+        (unknown, "printf 'CANCELLED by 1000\\n'", "CANCELLED"),
+        (unknown, "echo 'Slurm accounting storage is disabled' >&2; exit 1", None),
+    ):
+        for name, text in (("squeue", squeue), ("sacct", sacct)):
+            (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tools / name).chmod(0o755)
+        shown = main(capsys, "status", run.path, code=0)
+        assert shown.startswith(
+            "run  stopped  killed without a word: a crash, no memory left, or its node failed\n"
+        )
+        found = re.search(r"SLURM says +(\w+)", shown)
+        assert (found and found[1]) == said
 
 
 # ---- the journal, progress

@@ -27,6 +27,8 @@ def cancel(path: Path) -> int:
     until = time.monotonic() + PATIENCE
     while (held := holder(run)) and held["alive"] and time.monotonic() < until:
         time.sleep(0.5)
+    # unless its last segment has told already, or is telling now: then this waits, before the job is killed
+    notify.notify(run, "stopped", "the run was cancelled")
     jobs = slurm.states(jobs_of(run))
     for job in jobs:
         answer = slurm.cancel(job)
@@ -35,7 +37,6 @@ def cancel(path: Path) -> int:
     if held and held["alive"]:
         then = "its job was cancelled" if jobs else "it will stop at the next one"
         print(f"the segment on {held['host']} came to no boundary within {PATIENCE:.0f} s; {then}")
-    notify.notify(run, "stopped", "the run was cancelled")  # unless its last segment has
     newest = Store(run).latest()
     where = f"its newest checkpoint is of step {newest.step}" if newest else "it has no checkpoint"
     again = "submit" if jobs_of(run) else "run"
