@@ -159,7 +159,7 @@ def plain(group: str, one: Standing, queue: dict[str, Queued], problem: str) -> 
         "job": held.get("job", last.get("job")),
         "host": held.get("host", last.get("host")),
         "ranks": last.get("world_size"),
-        "left": held.get("left"),
+        "left": None if held.get("left") is None else max(0.0, held["left"] - (one.now - held["time"])),
         "rate": one.rate,
         "end": one.end if expected else None,
         "checkpoint": newest

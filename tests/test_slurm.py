@@ -175,7 +175,14 @@ def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):
 def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(slurm_cluster, tmp_path):
     """A cancelled run is saved, not requeued; submitted again it ends as if nothing had happened."""
     reference = plain(tmp_path, 5)
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 5, "nap": 0.25}, slurm={"time": "5min"})
+    told = tmp_path / "told"
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 5, "nap": 0.25},
+        slurm={"time": "5min"},
+        notify=f'echo "$CHAINRUN_EVENT: $CHAINRUN_MESSAGE" >> {told}',
+    )
     job = chain.submit()
     chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
     slurm_cluster.run("scancel", job)
@@ -188,7 +195,12 @@ def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(s
     job = chain.submit()
     chain.wait(lambda: len(chain.events("segment")) == 2, 60, "the second segment")
     time.sleep(2)
+    before = (
+        told.read_text().splitlines() if told.exists() else []
+    )  # SLURM may have killed the job before it could
     assert "is cancelled" in chain.command("cancel", str(chain.run))
+    (line,) = told.read_text().splitlines()[len(before) :]
+    assert line.startswith("stopped: the run was cancelled")
     assert chain.events("stop")[-1]["reason"] == "cancelled"
     assert "cancelled" in chain.command("status", str(chain.run))
 
@@ -199,13 +211,20 @@ def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(s
 
 def test_a_function_that_raises_fails_the_run_with_its_traceback(slurm_cluster, tmp_path):
     """The job fails, nothing is requeued, and the journal and the log hold the user's own frames."""
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 2, "fail_at": 3}, slurm={"time": "5min"})
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 2, "fail_at": 3},
+        slurm={"time": "5min"},
+        notify=f'echo "$CHAINRUN_EVENT: $CHAINRUN_MESSAGE" >> {tmp_path}/told',
+    )
     job = chain.submit()
     chain.wait((chain.run / "FAILED").exists, 60, "the failure")
     slurm_cluster.wait_job(job, {"FAILED"}, 30)
     failed = chain.events("failed")[-1]
     assert failed["error"] == "ValueError: planted at step 3"
     assert "chained.py" in failed["traceback"]
+    assert (tmp_path / "told").read_text() == "failed: ValueError: planted at step 3\n"
     assert "planted at step 3" in chain.command("logs", str(chain.run))
     assert "failed" in chain.command("status", str(chain.run))
 
