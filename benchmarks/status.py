@@ -6,6 +6,7 @@ python benchmarks/status.py [RUNS] [SEGMENTS]    (100 runs of 40 segments)
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import statistics
 import subprocess
@@ -97,12 +98,22 @@ def main(runs: int = 100, segments: int = 40, repeats: int = 7) -> None:
         for words in ("status", "status --json", "--help"):
             command = [sys.executable, "-m", "chainrun", *words.split()]
             command += [] if words == "--help" else [folder]
-            seconds = []
+            seconds, processor = [], []
             for _ in range(repeats):
-                began = time.perf_counter()
+                began, used = time.perf_counter(), _used()
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 seconds.append(time.perf_counter() - began)
-            print(f"chainrun {words}: {statistics.median(seconds):.3f} s (fastest {min(seconds):.3f} s)")
+                processor.append(_used() - used)
+            wall, cpu = statistics.median(seconds), statistics.median(processor)
+            print(
+                f"chainrun {words}: {wall:.3f} s (fastest {min(seconds):.3f} s), of the processor {cpu:.3f} s"
+            )
+
+
+def _used() -> float:
+    """Return the processor's seconds of all commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from chainrun.inspect_runs import size
 from chainrun.launch import slurm
 from chainrun.launch.slurm import Queued
 from chainrun.launch.standing import Segment, Standing
+from chainrun.lock import STALE
 from chainrun.status import age, plain, stamp, steps
 
 SHOWN = 5  # newest segments, and warnings
@@ -42,6 +43,8 @@ def _rows(one: Standing, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "now", f"{number}: job {held['job']}{restarted} on {held['host']}{ranks}, heard of {heard}"
         left = about["left"]
         yield "walltime", "" if left is None else f"in {rough_duration(left)}, at {stamp(one.now + left)}"
+        if one.now - held["time"] > STALE:
+            yield "warning", f"last heard of {heard}, though its process is there: it may hang"
     if (
         about["state"] == "stopped"
         and one.segments
@@ -73,7 +76,7 @@ def _rows(one: Standing, about: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for event in warnings[-SHOWN:]:
         yield "warning", f"{stamp(event['time'])}  {_warning(event)}"
     yield (
-        "to go on" if about["state"] in ("stopped", "cancelled", "held", "unknown") else "next",
+        "to go on" if about["state"] in ("stopped", "cancelled", "held") else "next",
         about["next"] or "",
     )
     yield "directory", str(one.run.path)

