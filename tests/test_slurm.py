@@ -113,7 +113,14 @@ def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):
 def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(slurm_cluster, tmp_path):
     """A cancelled run is saved, not requeued; submitted again it ends as if nothing had happened."""
     reference = plain(tmp_path, 5)
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 5, "nap": 0.25}, slurm={"time": "5min"})
+    told = tmp_path / "told"
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 5, "nap": 0.25},
+        slurm={"time": "5min"},
+        notify=f'echo "$CHAINRUN_EVENT: $CHAINRUN_MESSAGE" >> {told}',
+    )
     job = chain.submit()
     chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
     slurm_cluster.run("scancel", job)
@@ -126,7 +133,12 @@ def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(s
     job = chain.submit()
     chain.wait(lambda: len(chain.events("segment")) == 2, 60, "the second segment")
     time.sleep(2)
+    before = (
+        told.read_text().splitlines() if told.exists() else []
+    )  # SLURM may have killed the job before it could
     assert "is cancelled" in chain.command("cancel", str(chain.run))
+    (line,) = told.read_text().splitlines()[len(before) :]
+    assert line.startswith("stopped: the run was cancelled")
     assert chain.events("stop")[-1]["reason"] == "cancelled"
     assert "cancelled" in chain.command("status", str(chain.run))
 
@@ -137,13 +149,20 @@ def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(s
 
 def test_a_function_that_raises_fails_the_run_with_its_traceback(slurm_cluster, tmp_path):
     """The job fails, nothing is requeued, and the journal and the log hold the user's own frames."""
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 2, "fail_at": 3}, slurm={"time": "5min"})
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 2, "fail_at": 3},
+        slurm={"time": "5min"},
+        notify=f'echo "$CHAINRUN_EVENT: $CHAINRUN_MESSAGE" >> {tmp_path}/told',
+    )
     job = chain.submit()
     chain.wait((chain.run / "FAILED").exists, 60, "the failure")
     slurm_cluster.wait_job(job, {"FAILED"}, 30)
     failed = chain.events("failed")[-1]
     assert failed["error"] == "ValueError: planted at step 3"
     assert "chained.py" in failed["traceback"]
+    assert (tmp_path / "told").read_text() == "failed: ValueError: planted at step 3\n"
     assert "planted at step 3" in chain.command("logs", str(chain.run))
     assert "failed" in chain.command("status", str(chain.run))
 
@@ -206,7 +225,13 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
         (tmp_path / "one").mkdir()
         (tmp_path / "two").mkdir()
         # 120 steps of more than a second: more than two walltimes, on the fastest machine too
-        one = Chain(cluster, tmp_path / "one", args={"epochs": 10, "nap": 1.05}, slurm={"time": "1min"})
+        one = Chain(
+            cluster,
+            tmp_path / "one",
+            args={"epochs": 10, "nap": 1.05},
+            slurm={"time": "1min"},
+            notify=f'echo "$CHAINRUN_EVENT at $CHAINRUN_STEP: $CHAINRUN_MESSAGE" >> {tmp_path}/told',
+        )
         two = Chain(
             cluster,
             tmp_path / "two",
@@ -215,6 +240,9 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
         )
         for chain in (one, two):
             chain.submit()
+        follow = [sys.executable, "-m", "chainrun", "logs", "-f", "--rank", "1", str(two.run)]
+        with open(tmp_path / "followed", "w") as file:
+            follower = subprocess.Popen(follow, stdout=file, stderr=file)
         references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
         for chain in (one, two):
             chain.wait_done(400)
@@ -235,7 +263,29 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
         log = one.command("logs", str(one.run))
         assert "segment 1: fresh start" in log
         assert "segment 3: resuming at step" in log
+        assert follower.wait(30) == 0
+        rank_1 = two.command("logs", str(two.run), "--rank", "1")
+        followed = (tmp_path / "followed").read_text().removesuffix("chainrun: the run is done\n")
+        said, shown = (
+            [
+                line for line in text.splitlines() if not line.startswith("submitit INFO")
+            ]  # may come after the end
+            for text in (rank_1, followed)
+        )
+        assert said == shown
+        for chain, text in ((one, log), (two, rank_1)):
+            marks = [line for line in text.splitlines() if line.startswith("────")]
+            assert len(marks) == len(chain.events("segment"))
+            for mark, start, stop in zip(
+                marks[1:], chain.events("segment")[1:], chain.events("stop"), strict=True
+            ):
+                assert mark.startswith(f"──── segment {start['segment']} · job {start['job']} on ")
+                assert mark.endswith(f"the one before: walltime at step {stop['step']}, requeued ────")
         assert "done" in one.command("status", str(one.run))
+        segments = len(one.events("segment"))
+        one.wait(lambda: one.events("notified"), 30, "the notification")
+        told = (tmp_path / "told").read_text()
+        assert told == f"finished at 120: done after 120 steps and {segments} segments\n"
 
 
 @beside

@@ -152,7 +152,8 @@ class Store:
 
     def latest(self) -> Committed | None:
         """Return the checkpoint that was committed last, whether or not its files can be trusted."""
-        return next(iter(self.committed()), None)
+        found = (_read(path) for _, path in self._directories())
+        return next((one for one in found if isinstance(one, Committed)), None)
 
     def flaw(self, checkpoint: Committed) -> str | None:
         """Return why a checkpoint cannot be trusted; asked once a process, the answer is kept if good."""

@@ -10,7 +10,7 @@ import time
 from chainrun import breakers, experiment, journal
 from chainrun.allocation import Allocation
 from chainrun.errors import ClusterError
-from chainrun.launch import slurm, submit
+from chainrun.launch import notify, slurm, submit
 from chainrun.rundir import RunDir, write_durably
 from chainrun.segment import Outcome, say
 from chainrun.training.stop import Signals
@@ -95,6 +95,7 @@ def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> No
         write_durably(run.halted, json.dumps({"why": why, "command": command}).encode())
         journal.record(run, "handoff", how=None, refused=why)
     _cancel(waiting)
+    notify.notify(run, "stopped", f"{why}; to go on: {command}")
 
 
 def prepare(run: RunDir, allocation: Allocation) -> None:

@@ -173,6 +173,52 @@ def queue(jobs: list[str], *, ended: bool = False) -> dict[str, tuple[str, str]]
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue."""
+
+    state: str
+    reason: str
+    start: float | None
+    """When it has started, or when SLURM expects it to, in seconds since the epoch; None where it does not say."""
+
+
+def listing(jobs: list[str]) -> tuple[dict[str, Queued], str]:
+    """Ask once for all of the jobs; return those that are in the queue, and why SLURM did not say, if it did not."""
+    if not jobs:
+        return {}, ""
+    command = ("squeue", "--noheader", "--format=%i|%T|%S|%r", "--jobs=" + ",".join(jobs))
+    answer = ask(*command, most=_QUESTION)
+    if not answer.ok:
+        return {}, "" if "Invalid job id" in answer.text else answer.text
+    found = {}
+    for line in answer.text.splitlines():
+        job, state, stamp, reason = (line.strip().split("|", 3) + [""] * 3)[:4]
+        start = None
+        with contextlib.suppress(ValueError):  # N/A
+            start = datetime.datetime.fromisoformat(stamp).timestamp()
+        found[job] = Queued(state, "" if reason == "None" else reason, start)
+    return found, ""
+
+
+def last_state(job: str) -> str:
+    """Return in which state a job has ended, by SLURM's memory or else its accounting; empty where neither says."""
+    state = states([job], ended=True).get(job, ("", ""))[0]
+    if not state:
+        answer = ask(
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=State",
+            f"--jobs={job}",
+            most=_QUESTION,
+        )
+        lines = answer.text.split("\n") if answer.ok else [""]
+        state = lines[0].partition(" by ")[0].strip()  # CANCELLED by 1000
+    return state
+
+
 def allocation() -> Allocation:
     """Return this process's place in the SLURM job that it runs in."""
     from submitit.slurm.slurm import SlurmJobEnvironment  # parses SLURM's short form of lists of nodes

@@ -86,7 +86,7 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
     run.create()
     if changes:
         write_durably(run.experiment, experiment.to_yaml(described).encode())
-    for marker in (run.stop, run.failed, run.halted):
+    for marker in (run.stop, run.failed, run.halted, run.notified):
         marker.unlink(missing_ok=True)
     journal.record(run, "continue", changes=changes)
     return run, "continued"
@@ -107,9 +107,7 @@ def jobs_of(run: RunDir, *, recent: bool = False) -> list[str]:
         recent: only those since a person last let the chain go on.
     """
     events = breakers.since_a_person_looked(run) if recent else journal.events(run)
-    submitted = [event for event in events if event["event"] in ("submitted", "handoff")]
-    jobs = [str(event["job"]) for event in submitted if event.get("job")]
-    return list(dict.fromkeys(jobs))
+    return journal.jobs(events)
 
 
 def warning(described: Experiment) -> int:
