@@ -16,7 +16,13 @@ from chainrun.rundir import RunDir
 
 ENDS = ("stop", "failed", "done", "lost")
 FAILURES = 2  # on one node, after which the chain keeps away from it
-_NOT_THE_NODES = ("TIMEOUT", "OUT_OF_MEMORY", "PREEMPTED", "CANCELLED")  # states of jobs that were killed
+_NOT_THE_NODES = (
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "CANCELLED",
+    "REQUEUED",
+)  # states of jobs that were killed
 
 
 @dataclass

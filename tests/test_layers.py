@@ -32,7 +32,7 @@ LAYERS = [
     ("training", ["training.*"]),
     ("segment", ["segment"]),
     ("launching", ["launch.*"]),
-    ("commands", ["inspect_runs", "inspect_checkpoint", "demo", "cli", "__main__", "__init__"]),
+    ("commands", ["inspect_runs", "inspect_checkpoint", "report.*", "demo", "cli", "__main__", "__init__"]),
 ]
 
 

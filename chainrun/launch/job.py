@@ -31,7 +31,7 @@ class Job:
     def __call__(self) -> None:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         run = RunDir(Path(self.path))
-        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
+        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation(run.jobs)
         try:
             _carry(run, allocation, signals)
         finally:

@@ -1,0 +1,95 @@
+"""The user's metrics over steps, read line by line and kept small enough to draw: weeks of training fit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from chainrun.rundir import RunDir, read_lines
+
+BUCKETS = 1200  # of one curve, at most
+
+
+@dataclass
+class Curve:
+    """One metric: over steps, the mean and the extremes of every few of them."""
+
+    name: str
+    width: int = 1
+    """Steps in one bucket."""
+    count: int = 0
+    not_finite: int = 0
+    first_not_finite: int | None = None
+    last: float | None = None
+    """The newest value that is finite."""
+    _buckets: dict[int, list[float]] = field(default_factory=dict)
+
+    def add(self, step: int, value: float) -> None:
+        self.count += 1
+        if not math.isfinite(value):
+            self.not_finite += 1
+            self.first_not_finite = step if self.first_not_finite is None else self.first_not_finite
+            return
+        self.last = value
+        self._put(step // self.width, [value, value, value, 1.0])
+        if len(self._buckets) > BUCKETS:
+            self.width *= 2
+            old, self._buckets = self._buckets, {}
+            for index, bucket in old.items():
+                self._put(index // 2, bucket)
+
+    def _put(self, index: int, new: list[float]) -> None:
+        have = self._buckets.get(index)
+        if have is None:
+            self._buckets[index] = new
+        else:
+            low, high, total, number = new
+            have[0], have[1] = min(have[0], low), max(have[1], high)
+            have[2], have[3] = have[2] + total, have[3] + number
+
+    def points(self) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Return steps, means, lowest and highest values, in the order of the steps."""
+        steps, means, lows, highs = [], [], [], []
+        for index in sorted(self._buckets):
+            low, high, total, number = self._buckets[index]
+            steps.append(index * self.width + (self.width - 1) / 2)
+            means.append(total / number)
+            lows.append(low)
+            highs.append(high)
+        return steps, means, lows, highs
+
+
+@dataclass
+class Metrics:
+    """All metrics of a run."""
+
+    curves: list[Curve]
+    """Those with a number in them, in the order of their first line."""
+    others: dict[str, str]
+    """Those without: name and type of the value."""
+
+
+def read(run: RunDir) -> Metrics:
+    """Read the metrics of a run."""
+    curves: dict[str, Curve] = {}
+    others: dict[str, str] = {}
+    for line in read_lines(run.metrics):
+        step = line.get("step")
+        if not isinstance(step, int):
+            continue
+        for name, value in line.items():
+            if name == "step":
+                continue
+            if isinstance(value, int | float):
+                curves.setdefault(name, Curve(name)).add(step, _float(value))
+            elif value is not None:
+                others.setdefault(name, type(value).__name__)
+    return Metrics(list(curves.values()), {n: t for n, t in others.items() if n not in curves})
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int of hundreds of digits
+        return math.inf
