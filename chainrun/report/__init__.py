@@ -9,7 +9,8 @@ from typing import Any
 from chainrun import yamlfile
 from chainrun.errors import EXIT_DONE, UsageError
 from chainrun.launch import slurm
-from chainrun.report import curves, figure, overview, page, story
+from chainrun.report import curves, figure, overview, page, plots, reading, timeline
+from chainrun.report.story import Event
 from chainrun.rundir import RunDir, open_run, write_durably
 
 KINDS = (".html", ".png")
@@ -31,7 +32,7 @@ def command(path: Path, output: Path | None) -> int:
     runs = [open_run(path)] if (path / "experiment.yaml").is_file() else _in_folder(path)
     single = RunDir(path.absolute()).experiment.is_file()
     target = (output or RunDir(path).report).absolute()
-    waiting = slurm.states([j for r in runs if not r.done.exists() for j in story.jobs(_journal(r))])
+    waiting = slurm.states([j for r in runs if not r.done.exists() for j in reading.jobs(_journal(r))])
     made = _of_run(runs[0], waiting) if single else _of_folder(path.absolute(), runs, waiting, target)
     html, drawing = made
     picture = target.with_suffix(".png")
@@ -48,7 +49,7 @@ def command(path: Path, output: Path | None) -> int:
     return EXIT_DONE
 
 
-def _journal(run: RunDir) -> list[story.Event]:
+def _journal(run: RunDir) -> list[Event]:
     from chainrun import journal
 
     return list(journal.events(run))
@@ -72,30 +73,30 @@ def _text(run: RunDir) -> str:
 
 
 def _of_run(run: RunDir, waiting: dict[str, tuple[str, str]]) -> tuple[str, figure.Drawing]:
-    told, metrics = story.tell(run, waiting), curves.read(run)
+    told, metrics = reading.tell(run, waiting), curves.read(run)
     parts: list[tuple[float, Any, tuple[Any, ...]]] = []
-    timeline = drawn = ""
+    when = drawn = ""
     if told.segments:
-        height = figure.timeline_height(told)
-        parts.append((height, figure.timeline, (told,)))
-        timeline = figure.Drawing(height).draw(figure.timeline, told).svg("timeline")
-    height = figure.metrics_height(metrics)
+        height = timeline.height(told)
+        parts.append((height, timeline.draw, (told,)))
+        when = figure.Drawing(height).draw(timeline.draw, told).svg("timeline")
+    height = plots.height(metrics)
     if height:
-        parts.append((height, figure.metrics, (metrics, told)))
-        drawn = figure.Drawing(height).draw(figure.metrics, metrics, told).svg("metrics")
-    parts = parts or [(1.0, figure.nothing, (told,))]
+        parts.append((height, plots.draw, (metrics, told)))
+        drawn = figure.Drawing(height).draw(plots.draw, metrics, told).svg("metrics")
+    parts = parts or [(1.0, timeline.nothing, (told,))]
     whole = figure.Drawing(sum(height for height, _, _ in parts)).stack(parts)
-    return page.run_page(told, metrics, timeline, drawn, _text(run)), whole
+    return page.run_page(told, metrics, when, drawn, _text(run)), whole
 
 
 def _of_folder(
     folder: Path, runs: list[RunDir], waiting: dict[str, tuple[str, str]], target: Path
 ) -> tuple[str, figure.Drawing]:
-    stories = [story.tell(run, waiting) for run in runs]
+    stories = [reading.tell(run, waiting) for run in runs]
     found = [curves.read(run) for run in runs]
     names = overview.names_of(found)
-    drawing = figure.Drawing(figure.overview_height(stories, names))
-    drawing.draw(figure.overview, stories, found, names)
+    drawing = figure.Drawing(plots.overview_height(stories, names))
+    drawing.draw(plots.overview, stories, found, names)
     differing = _differing(runs)
     html = overview.overview_page(
         folder, stories, found, differing, drawing.svg("overview"), target, time.time()
@@ -121,7 +122,7 @@ def _flat(run: RunDir) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def walk(key: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             for name, inner in value.items():
                 walk(f"{key}.{name}" if key else str(name), inner)
         else:

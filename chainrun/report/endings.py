@@ -69,7 +69,7 @@ def of(events: list[dict[str, Any]], *, alive: bool, began: bool, local: bool) -
     """
     kinds = {event["event"]: event for event in events}
     if "done" in kinds:
-        return Ending("done", "done", "the function has returned")
+        return Ending("done", "done")
     if "failed" in kinds:
         failed = next(event for event in events if event["event"] == "failed")
         again = "; tried again" if failed.get("retry") else ""
@@ -106,7 +106,7 @@ def _of_stop(reason: str, events: list[dict[str, Any]], *, taken: str, local: bo
     if "scancel" in refused:
         return Ending("cancelled", "cancelled", "scancel")
     if reason == "walltime":
-        return Ending("walltime", "walltime", "it stopped in time for its limit")
+        return Ending("walltime", "walltime")
     if reason == "interrupt":
         return Ending("interrupted", "interrupted", "cut where --interrupt-at says")
     if any(event.get("how") == "requeued by SLURM" for event in handoffs):

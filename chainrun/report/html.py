@@ -6,7 +6,17 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from chainrun.report.look import clean
+from chainrun.report.endings import KINDS, Ending
+from chainrun.report.look import clean, moment
+
+STATES = {
+    "done": "#2f9e5b",
+    "running": "#3b82c4",
+    "queued": "#8a6d3b",
+    "failed": "#d64545",
+    "stopped": "#c77b1a",
+    "cancelled": "#7d8590",
+}
 
 
 class Html(str):
@@ -68,6 +78,29 @@ def page(title: str, body: Content) -> str:
     return f'<!DOCTYPE html>\n<html lang="en">{tag("head", head)}{tag("body", tag("main", body))}</html>\n'
 
 
+def section(title: str, content: Content) -> Html:
+    inner = text(content)
+    return Html(tag("h2", title) + inner) if inner else Html("")
+
+
+def badge(state: str) -> Html:
+    return tag("span", state, class_="badge", style=f"background:{STATES.get(state, '#7d8590')}")
+
+
+def ending(of: Ending) -> Html:
+    return tag("span", of.label, class_="end", style=f"color:{KINDS[of.kind]}", title=of.more or None)
+
+
+def card(number: str, words: str, more: str = "") -> Html:
+    return tag(
+        "div", [tag("b", number), tag("span", words), tag("span", more) if more else ""], class_="card"
+    )
+
+
+def foot(now: float) -> Html:
+    return tag("footer", f"chainrun report, made {moment(now)}")
+
+
 _STYLE = """
 :root{--ink:#1f2731;--faint:#7b8794;--paper:#fefefd;--line:#e3e7eb;--soft:#f3f5f7;--link:#1f6fb2;
  --good:#2f9e5b;--bad:#c93c3c;--warn:#b36b00}
@@ -85,6 +118,7 @@ a{color:var(--link)}
 .path{color:var(--faint);font-size:13px;overflow-wrap:anywhere}
 .badge{display:inline-block;border-radius:99px;padding:2px 11px;font-size:13px;font-weight:600;color:#fff;
  vertical-align:4px;margin-left:10px}
+td .badge{margin-left:0;vertical-align:1px}
 .end{font-weight:600;white-space:nowrap}
 .end:before{content:"";display:inline-block;width:9px;height:9px;border-radius:3px;margin-right:6px;
  background:currentColor}
@@ -104,6 +138,8 @@ th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line)}
 td{vertical-align:top}
 .r{text-align:right}
 td.r{white-space:nowrap}
+.whole{white-space:nowrap}
+.small{color:var(--faint);font-size:12px;line-height:1.35}
 .good{color:var(--good)}.bad{color:var(--bad)}.warn{color:var(--warn)}
 ul{margin:6px 0;padding-left:20px}
 li{overflow-wrap:anywhere;margin:3px 0}

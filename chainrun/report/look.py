@@ -7,8 +7,8 @@ import re
 import time
 
 COLOURS = {
-    "hold": "#dfe3e8",
-    "queue": "#b9c0c9",
+    "hold": "#7f8b99",
+    "queue": "#7f8b99",
     "start": "#f3d27a",
     "restore": "#eda13a",
     "train": "#3f8fc9",
@@ -27,6 +27,8 @@ def duration(seconds: float | None) -> str:
         return NOTHING
     if seconds < 0:
         return "-" + duration(-seconds)
+    if seconds < 0.0995:
+        return f"{seconds * 1000:.0f}ms" if seconds >= 0.0005 else "0s"
     if seconds < 60:
         return (
             f"{seconds:.2f}s" if seconds < 1 else f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"

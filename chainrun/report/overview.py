@@ -10,8 +10,7 @@ from typing import Any
 
 from chainrun.report import look
 from chainrun.report.curves import Curve, Metrics
-from chainrun.report.html import Content, Html, page, table, tag
-from chainrun.report.page import badge, card, ending, foot, section
+from chainrun.report.html import Content, Html, badge, card, foot, page, section, table, tag
 from chainrun.report.story import Story
 
 
@@ -57,35 +56,24 @@ def overview_page(
         )
     names = names_of(found)
     differing = list(dict.fromkeys(key for each in arguments for key in each))
-    numbers = "ll" + "l" * len(differing) + "rrrr" + "r" * bool(nodes) + "l" * len(names) + "l"
-    heads = [
-        "run",
-        "state",
-        *(key.removeprefix("args.") for key in differing),
-        "steps",
-        "done",
-        "segments",
-        "goodput",
-    ]
-    heads += ["node hours"] * bool(nodes) + [*names, ""]
+    shares = any(story.fraction is not None for story in stories)
+    heads = ["run", "state", *(key.removeprefix("args.") for key in differing), "steps", *["done"] * shares]
+    heads += ["segments", "goodput", *["node hours"] * bool(nodes), *names[:3]]
+    numbers = "ll" + "l" * len(differing) + "rrr" + "r" * shares + "r" * bool(nodes)
 
     def row(index: int) -> list[Content]:
         story, metrics = stories[index], {curve.name: curve for curve in found[index].curves}
         last = next((s for s in reversed(story.segments) if s.number is not None), None)
-        more: Content = story.remark
-        if not story.remark and last is not None and story.state != "done":
-            more = ending(last.ending)
-        cells: list[Content] = [_link(story, out), badge(story.state)]
-        cells += [_short(arguments[index].get(key)) for key in differing]
-        cells += [
-            f"{story.steps:,}",
-            look.part(story.fraction),
-            f"{len(story.segments):,}",
-            look.part(story.goodput),
+        more = story.remark
+        if not more and last is not None and story.state not in ("done", "running"):
+            more = last.ending.label
+        cells: list[Content] = [[_link(story, out), tag("div", look.clean(more, 200), class_="small")]]
+        cells += [badge(story.state), *(_short(arguments[index].get(key)) for key in differing)]
+        cells += [f"{story.steps:,}", *[look.part(story.fraction)] * shares, f"{len(story.segments):,}"]
+        cells += [look.part(story.goodput), *[look.hours(story.node_hours)] * bool(nodes)]
+        return cells + [
+            _spark(metrics.get(name), look.CURVES[index % len(look.CURVES)]) for name in names[:3]
         ]
-        cells += [look.hours(story.node_hours)] * bool(nodes)
-        cells += [_spark(metrics.get(name), look.CURVES[index % len(look.CURVES)]) for name in names]
-        return [*cells, more]
 
     return page(
         f"{folder.name} · chainrun report",
@@ -132,4 +120,4 @@ def _spark(curve: Curve | None, colour: str) -> Html:
         f'<svg width="{wide:.0f}" height="{tall:.0f}" viewBox="0 0 {wide:.0f} {tall:.0f}" style="vertical-align:-6px">'
         f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.4"/></svg> '
     )
-    return Html(drawn + tag("span", look.value(curve.last)))
+    return tag("span", [Html(drawn), look.value(curve.last)], class_="whole")
