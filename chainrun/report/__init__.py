@@ -109,7 +109,9 @@ def _differing(runs: list[RunDir]) -> list[dict[str, Any]]:
     flat = [_flat(run) for run in runs]
     keys = list(dict.fromkeys(key for each in flat for key in each))
     shown = [
-        key for key in keys if key not in ("name", "dir") and len({repr(each.get(key)) for each in flat}) > 1
+        key
+        for key in sorted(keys, key=lambda key: not key.startswith("args."))
+        if key not in ("name", "dir", "function") and len({repr(each.get(key)) for each in flat}) > 1
     ]
     return [{key: each.get(key) for key in shown[:6]} for each in flat]
 

@@ -21,12 +21,14 @@ class Curve:
     count: int = 0
     not_finite: int = 0
     first_not_finite: int | None = None
+    until: int = 0
+    """The last step."""
     last: float | None = None
     """The newest value that is finite."""
     _buckets: dict[int, list[float]] = field(default_factory=dict)
 
     def add(self, step: int, value: float) -> None:
-        self.count += 1
+        self.count, self.until = self.count + 1, max(self.until, step)
         if not math.isfinite(value):
             self.not_finite += 1
             self.first_not_finite = step if self.first_not_finite is None else self.first_not_finite

@@ -35,7 +35,9 @@ KINDS = {
 }
 """The kinds of endings, and the colour of each."""
 
-UNKNOWN = Ending("unknown", "no word", "the journal does not say how it ended")
+UNKNOWN = Ending(
+    "killed", "killed", "it ended without a word: a crash of its process, no memory left, its node, or SLURM"
+)
 
 _TAKEN = {  # SLURM's state, of a segment that saved in time
     "PREEMPTED": Ending("preemption", "preemption", "SLURM took its nodes for another job; it saved in time"),

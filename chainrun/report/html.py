@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -98,7 +99,8 @@ def card(number: str, words: str, more: str = "") -> Html:
 
 
 def foot(now: float) -> Html:
-    return tag("footer", f"chainrun report, made {moment(now)}")
+    zone = time.strftime("%Z", time.localtime(now))
+    return tag("footer", f"chainrun report, made {moment(now)}; all times are {zone}.")
 
 
 _STYLE = """
@@ -136,6 +138,7 @@ table{border-collapse:collapse;font-size:13.5px;width:100%;font-variant-numeric:
 th{text-align:left;font-weight:600;color:var(--faint);font-size:12.5px;white-space:nowrap;vertical-align:bottom}
 th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--line)}
 td{vertical-align:top}
+td:first-child .small{min-width:130px}
 .r{text-align:right}
 td.r{white-space:nowrap}
 .whole{white-space:nowrap}

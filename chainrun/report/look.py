@@ -48,9 +48,9 @@ def size(count: float | None) -> str:
         return NOTHING
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g}\N{NO-BREAK SPACE}{unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.3g}\N{NO-BREAK SPACE}TB"
 
 
 def hours(value: float) -> str:

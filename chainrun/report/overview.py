@@ -110,7 +110,7 @@ def _spark(curve: Curve | None, colour: str) -> Html:
     x, y = steps[::every], means[::every]
     if x[-1] != steps[-1]:
         x, y = [*x, steps[-1]], [*y, means[-1]]
-    wide, tall = 96.0, 22.0
+    wide, tall = 76.0, 22.0
     low, high, begin, end = min(y), max(y), x[0], x[-1]
     points = " ".join(
         f"{2 + (wide - 4) * (a - begin) / ((end - begin) or 1):.1f},{tall - 3 - (tall - 6) * (b - low) / ((high - low) or 1):.1f}"

@@ -23,7 +23,7 @@ def run_page(story: Story, metrics: Metrics, timeline: str, curves: str, experim
         f"{story.name} · chainrun report",
         [
             _head(story),
-            _cards(story),
+            _cards(story) if story.segments else None,
             _time(story),
             section("Timeline", tag("div", Html(timeline), class_="figure") if timeline else None),
             section("Segments", tables.segments(story)),
@@ -82,7 +82,7 @@ def _cards(story: Story) -> Html:
         card(
             duration(story.total("lost")),
             "lost training",
-            f"{count(lost, 'step')}, killed before they were saved",
+            f"{count(lost, 'step')}, never saved",
         )
     )
     cards.append(

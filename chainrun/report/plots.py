@@ -9,7 +9,7 @@ from chainrun.report.curves import Curve, Metrics
 from chainrun.report.endings import KINDS
 from chainrun.report.figure import FAINT, INK, Axes, Canvas, dates, day
 from chainrun.report.story import Story
-from chainrun.report.timeline import MOST_ROWS, bars, legend
+from chainrun.report.timeline import MOST_ROWS, bars, legend, on_calendar
 
 MOST_CURVES = 12
 
@@ -50,8 +50,7 @@ def draw(canvas: Canvas, found: Metrics, story: Story) -> None:
                 alpha=thin,
             )
         axes.set_title(look.clean(curve.name, 50), fontsize=9, loc="left", fontweight="bold")
-        ends = [each.points()[0][-1:] for each in curves]
-        axes.set_xlim(0, max([1.0, story.steps, *(end for one in ends for end in one)]) * 1.01)
+        axes.set_xlim(0, max([1, story.steps, *(each.until for each in curves)]) * 1.01)
         if index + columns >= len(curves):
             axes.set_xlabel("step")
         axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -96,10 +95,9 @@ def overview(
     strip = canvas.add_axes((0.2, (total - 0.65 - tall) / total, 0.7, tall / total))
 
     for index, story in enumerate(shown):
-        for segment in story.segments:
-            phases = [(phase, day(begin), day(end)) for phase, begin, end in segment.phases()]
-            bars(strip, phases, index, 0.72)
         strip.text(1.01, index, story.state, va="center", fontsize=8, transform=strip.get_yaxis_transform())
+    rows_of = [(index, on_calendar(s)) for index, story in enumerate(shown) for s in story.segments]
+    bars(strip, rows_of, 0.72)
     first = min((story.began for story in shown), default=0.0)
     last = max([story.ended for story in shown] + [first + 1])
     strip.set_xlim(day(first - 0.01 * (last - first)), day(last + 0.01 * (last - first)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 
@@ -13,12 +12,20 @@ from chainrun.report import endings
 from chainrun.report.story import Checkpoint, Event, Segment, Story
 from chainrun.rundir import RunDir, read_json
 
+MOST = 1e12  # of a step, of seconds, and of bytes in thousands
+FIRST, LAST = 1e9, 1e11  # of a time: the years 2001 and 5138
 
-def number(event: Event, key: str) -> float | None:
-    """Return a finite number of an event, None where it has none."""
+
+def number(event: Event, key: str, least: float = 0.0, most: float = MOST) -> float | None:
+    """Return a number of an event, None where it has none, or one that only a damaged line can hold."""
     value = event.get(key)
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < most:
+        return None
+    return float(value)
+
+
+def _moment(event: Event, key: str) -> float | None:
+    return number(event, key, FIRST, LAST)
 
 
 def _whole(event: Event, key: str, default: int = 0) -> int:
@@ -34,14 +41,14 @@ def tell(run: RunDir, queue: dict[str, tuple[str, str]], now: float | None = Non
         now: the present time, by default the clock's.
     """
     now = time.time() if now is None else now
-    events = [e for e in journal.events(run) if isinstance(e.get("event"), str) and number(e, "time")]
+    events = [e for e in journal.events(run) if isinstance(e.get("event"), str) and _moment(e, "time")]
     held = holder(run) or {}
     alive = bool(held.get("alive"))
     segments = _segments(events)
     for index, segment in enumerate(segments):
         before = segments[index - 1] if index else None
-        after = segments[index + 1] if index + 1 < len(segments) else None
-        _settle(segment, before, after, now, held if alive and after is None else {})
+        newest = index + 1 == len(segments)
+        _settle(segment, before, now, held if alive and newest else {})
     kept = {checkpoint.path.name: checkpoint.step for checkpoint in Store(run).committed()}
     checkpoints = [one for segment in segments for one in segment.checkpoints]
     for index, segment in enumerate(segments):
@@ -142,7 +149,7 @@ def _segments(events: list[Event]) -> list[Segment]:
     return found
 
 
-def _settle(segment: Segment, before: Segment | None, after: Segment | None, now: float, held: Event) -> None:
+def _settle(segment: Segment, before: Segment | None, now: float, held: Event) -> None:
     """Work out the times of a segment, and how it ended.
 
     Args:
@@ -154,21 +161,21 @@ def _settle(segment: Segment, before: Segment | None, after: Segment | None, now
         if kind == "trains":
             segment.first_step = at
             segment.trains = at - min(number(event, "seconds") or 0.0, at - (segment.entered or at))
-            granted = number(event, "granted")
-            if granted is not None and granted <= segment.began + 1:
+            granted = _moment(event, "granted")
+            least = segment.began - 86400 if before is None else before.ended - 2
+            if granted is not None and least <= granted <= segment.began + 1:
                 segment.began = granted
-            segment.eligible = number(event, "eligible")
+            segment.eligible = _moment(event, "eligible")
             if segment.asked is None:
-                segment.asked = number(event, "submitted")
+                segment.asked = _moment(event, "submitted")
         elif kind == "checkpoint":
             _add_checkpoint(segment, event)
         elif kind == "stop":
-            segment.unused = number(event, "unused_seconds")
+            segment.unused = number(event, "unused_seconds", -MOST)
         elif kind == "handoff" and event.get("how") and "refused" not in event:
             segment.how = str(event["how"])
         elif kind == "lost":
-            times = [t for t in times if t <= (number(event, "last_seen") or t)]
-            times.append(number(event, "last_seen") or times[-1])
+            times.append(min(at, _moment(event, "last_seen") or at))
         if kind not in ("lost", "cancel", "continue", "submitted", "exclude"):
             times.append(at)
         if kind in ("trains", "stop", "failed", "done", "lost", "checkpoint"):

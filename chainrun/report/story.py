@@ -132,8 +132,12 @@ class Segment:
             if self.final is not None:
                 marks = [*(m for m in marks if m[1] < self.final.time), ("handoff", self.final.time)]
         found: list[tuple[str, float, float]] = []
-        for (phase, at), (_, until) in zip(marks, [*marks[1:], ("", self.ended)], strict=True):
-            if until > at:
+        first, last = marks[0][1], max(self.ended, marks[0][1])
+        times = [min(at, last) for at in itertools.accumulate((max(first, at) for _, at in marks), max)]
+        for (phase, _), at, until in zip(marks, times, [*times[1:], last], strict=True):
+            if until > at and found and found[-1][0] == phase and found[-1][2] == at:
+                found[-1] = (phase, found[-1][1], until)
+            elif until > at:
                 found.append((phase, at, until))
         return found
 

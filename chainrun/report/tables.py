@@ -158,7 +158,7 @@ def checkpoints(story: Story) -> Content:
             f"; {len(beside)} of them beside the training, which stood still for {duration(mean)} each in the mean "
             f"and {duration(max(one.stall for one in beside))} at most"
         )
-    shown = [one for one in story.checkpoints if one.exists or not one.beside]
+    shown = [one for one in story.checkpoints if one.exists]
     every, line = _newest(story.checkpoints, "checkpoints")
 
     def row(one: Checkpoint) -> list[Content]:
@@ -179,7 +179,7 @@ def checkpoints(story: Story) -> Content:
         line,
     ]
     return [
-        tag("p", words + ". Those on disk, and the last ones of the segments:"),
+        tag("p", words + ". Those that are still on disk:"),
         listed,
         tag("details", unfolded),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from chainrun.report import look
@@ -11,6 +11,7 @@ from chainrun.report.figure import FAINT, PAPER, Axes, Canvas, dates, day
 from chainrun.report.story import PHASES, WAITS, Segment, Story
 
 MOST_ROWS = 120  # segments, the newest
+Phases = Sequence[tuple[str, float, float]]
 
 
 def height(story: Story) -> float:
@@ -73,24 +74,39 @@ def _paint(phase: str) -> dict[str, Any]:
     return paint
 
 
-def bars(axes: Axes, phases: Sequence[tuple[str, float, float]], y: float, height: float) -> None:
-    whole: list[
-        tuple[str, float, float]
-    ] = []  # training that goes on after a save is one bar, without a seam
+def bars(axes: Axes, rows: Iterable[tuple[float, Phases]], height: float) -> None:
+    """Draw the phases of several rows: (y of the row's middle, its phases) of each."""
+    from matplotlib.collections import PolyCollection
+
+    found: dict[str, list[list[tuple[float, float]]]] = {}
+    for y, phases in rows:
+        low, high = y - height / 2, y + height / 2
+        for phase, begin, end in _seamless(phases):
+            corners = [(begin, low), (begin, high), (end, high), (end, low)]
+            found.setdefault(phase, []).append(corners)
+    for phase in sorted(found, key=lambda phase: phase == "save"):  # these on top of the training
+        axes.add_collection(PolyCollection(found[phase], **_paint(phase)), autolim=False)
+
+
+def on_calendar(segment: Segment) -> Phases:
+    """Return the phases of a segment, their times as those of an axis that shows the calendar."""
+    return [(phase, day(begin), day(end)) for phase, begin, end in segment.phases()]
+
+
+def _seamless(phases: Phases) -> Phases:
+    """Make one bar of training that goes on after a save, over which the save is drawn."""
+    whole: list[tuple[str, float, float]] = []
     for phase, begin, end in phases:
         if phase == "train" and len(whole) > 1 and whole[-1][0] == "save" and whole[-2][0] == "train":
             save = whole.pop()
             whole[-1:] = [save, ("train", whole[-1][1], end)]
         else:
             whole.append((phase, begin, end))
-    for phase, begin, end in sorted(whole, key=lambda bar: bar[0] == "save"):
-        axes.broken_barh([(begin, end - begin)], (y - height / 2, height), **_paint(phase))
+    return whole
 
 
 def _calendar(strip: Axes, steps: Axes, story: Story) -> None:
-    for segment in story.segments:
-        phases = [(phase, day(begin), day(end)) for phase, begin, end in segment.phases()]
-        bars(strip, phases, 0.5, 1.0)
+    bars(strip, [(0.5, on_calendar(segment)) for segment in story.segments], 1.0)
     first, last = story.began, max(story.ended, story.began + 1)
     room = 0.01 * (last - first)
     for axes in (strip, steps):
@@ -101,7 +117,7 @@ def _calendar(strip: Axes, steps: Axes, story: Story) -> None:
     for side in ("left", "bottom"):
         strip.spines[side].set_visible(False)
     for segment in story.segments:
-        if segment.number is None or segment.trains is None:
+        if segment.trains is None:
             continue
         known = [(segment.trains, segment.from_step)]
         known += [(one.captured, one.step) for one in segment.checkpoints]
@@ -112,8 +128,9 @@ def _calendar(strip: Axes, steps: Axes, story: Story) -> None:
         if segment.over and segment.ending.kind != "done":
             steps.plot(x[-1:], y[-1:], "o", color=KINDS[segment.ending.kind], markersize=3.5, zorder=3)
     steps.set_ylabel("step")
-    steps.set_ylim(bottom=0)
-    steps.margins(y=0.1)
+    most = max([segment.to_step for segment in story.segments], default=0)
+    steps.set_ylim(0, 1.12 * max(most, 1))
+    steps.yaxis.get_major_locator().set_params(integer=True, nbins=3)
     steps.grid(True, axis="y")
     steps.yaxis.set_major_formatter("{x:,.0f}")
     dates(steps)
@@ -124,20 +141,26 @@ def _rows(axes: Axes, shown: Sequence[Segment], story: Story) -> None:
     waits = [segment.began - segment.asked for segment in shown if segment.asked is not None]
     widest = min(max(waits, default=0.0), longest)  # a longer wait is cut, and its length written
     second, name = look.unit(longest)
-    height = 0.74
-    for index, segment in enumerate(shown):
-        phases = [
+
+    def of(segment: Segment) -> Phases:
+        return [
             (phase, max(-widest, begin - segment.began) / second, (end - segment.began) / second)
             for phase, begin, end in segment.phases()
             if end - segment.began > -widest
         ]
-        bars(axes, phases, index, height)
-        for one in segment.checkpoints:
-            if one.beside and segment.allocated:
-                x = (one.captured - segment.began) / second
-                axes.plot(
-                    [x, x], [index + 0.19, index + height / 2], color=look.COLOURS["save"], linewidth=0.9
-                )
+
+    bars(axes, ((index, of(segment)) for index, segment in enumerate(shown)), 0.74)
+    saves = [
+        ((one.captured - segment.began) / second, index)
+        for index, segment in enumerate(shown)
+        for one in segment.checkpoints
+        if one.beside
+    ]
+    x, y = [x for x, _ in saves], [index for _, index in saves]
+    axes.vlines(
+        x, [each + 0.19 for each in y], [each + 0.37 for each in y], look.COLOURS["save"], linewidth=0.9
+    )
+    for index, segment in enumerate(shown):
         waited = 0.0 if segment.asked is None else segment.began - segment.asked
         if waited > widest * 1.01:
             text = f"← {look.duration(waited)}"

@@ -12,6 +12,11 @@ from chainrun.report.story import Story
 LISTED = 100  # of one kind, the newest
 
 
+def _several(event: dict[str, Any], key: str) -> list[Any]:
+    found = event.get(key)
+    return found if isinstance(found, list) else []
+
+
 def exactness(story: Story) -> Content:
     """What the witnesses say, and what has changed in the environment."""
     heard = [event for event in story.events if event["event"] == "witness"]
@@ -43,7 +48,7 @@ def exactness(story: Story) -> Content:
         if event["event"] == "reshard":
             what = [f"ranks: {event.get('ranks_then')} -> {event.get('ranks_now')}"]
         else:
-            what = [str(change) for change in event.get("changes") or []]
+            what = [str(change) for change in _several(event, "changes")]
         words = f"Before segment {event.get('segment', '?')} the environment changed, so that bits may differ from there on:"
         parts.append(tag("p", words, class_="warn"))
         parts.append(tag("ul", [tag("li", change.replace(" -> ", " → ")) for change in what]))
@@ -69,7 +74,7 @@ def warnings(story: Story) -> Content:
         if kind == "unsaved":
             return f"a save at step {event.get('step')} failed: {event.get('reason')}"
         if kind == "space":
-            removed = ", ".join(map(str, event.get("removed") or []))
+            removed = ", ".join(map(str, _several(event, "removed")))
             return f"{event.get('reason')}" + f"; removed {removed}" * bool(removed)
         if kind == "deferred":
             return f"a save or stop waited at step {event.get('step')}: {event.get('reason')}"
@@ -83,7 +88,7 @@ def warnings(story: Story) -> Content:
                 else f"the chain stopped: {event['refused']}"
             )
         if kind == "continue":
-            changes = "; ".join(map(str, event.get("changes") or []))
+            changes = "; ".join(map(str, _several(event, "changes")))
             return "a person let the chain go on" + f", with {changes}" * bool(changes)
         if kind == "cancel":
             return "a person cancelled the run"
@@ -100,7 +105,7 @@ def failures(story: Story) -> Content:
     for event in failed[-20:]:
         words = (
             f"Rank {event.get('rank')} in segment {event.get('segment')} at step {event.get('step')}"
-            + f" on {event['node']}" * bool(event.get("node"))
+            + f" on {event.get('node')}" * bool(event.get("node"))
             + f": {event.get('error')}"
         )
         parts.append(tag("p", words, class_="bad"))
