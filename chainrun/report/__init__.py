@@ -84,7 +84,7 @@ def _of_run(run: RunDir, waiting: dict[str, tuple[str, str]]) -> tuple[str, figu
     if height:
         parts.append((height, plots.draw, (metrics, told)))
         drawn = figure.Drawing(height).draw(plots.draw, metrics, told).svg("metrics")
-    parts = parts or [(1.0, timeline.nothing, (told,))]
+    parts.insert(0, (0.7, timeline.title, (told,)))
     whole = figure.Drawing(sum(height for height, _, _ in parts)).stack(parts)
     return page.run_page(told, metrics, when, drawn, _text(run)), whole
 

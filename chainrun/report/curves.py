@@ -34,19 +34,25 @@ class Curve:
             self.first_not_finite = step if self.first_not_finite is None else self.first_not_finite
             return
         self.last = value
-        self._put(step // self.width, [value, value, value, 1.0])
+        bucket = self._buckets.get(step // self.width)
+        if bucket is not None:  # nearly always: there are millions of lines
+            if value < bucket[0]:
+                bucket[0] = value
+            elif value > bucket[1]:
+                bucket[1] = value
+            bucket[2] += value
+            bucket[3] += 1
+            return
+        self._buckets[step // self.width] = [value, value, value, 1]
         if len(self._buckets) > BUCKETS:
-            self.width *= 2
-            old, self._buckets = self._buckets, {}
-            for index, bucket in old.items():
-                self._put(index // 2, bucket)
+            self._widen()
 
-    def _put(self, index: int, new: list[float]) -> None:
-        have = self._buckets.get(index)
-        if have is None:
-            self._buckets[index] = new
-        else:
-            low, high, total, number = new
+    def _widen(self) -> None:
+        """Make one bucket of two."""
+        self.width *= 2
+        old, self._buckets = self._buckets, {}
+        for index, (low, high, total, number) in old.items():
+            have = self._buckets.setdefault(index // 2, [low, high, 0.0, 0])
             have[0], have[1] = min(have[0], low), max(have[1], high)
             have[2], have[3] = have[2] + total, have[3] + number
 

@@ -6,7 +6,8 @@ import io
 import re
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,26 +76,35 @@ def day(at: float) -> float:
     return (at + (time.localtime(at).tm_gmtoff or 0)) / 86400
 
 
+@contextmanager
+def _style(**more: Any) -> Iterator[None]:
+    """Draw as is said here, whatever a matplotlibrc says."""
+    matplotlib = library()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({**_STYLE, **more})
+        yield
+
+
 class Drawing:
     """A figure of the right size, and what is made of it."""
 
     def __init__(self, height: float) -> None:
-        self._matplotlib = library()
-        with self._matplotlib.rc_context(_STYLE):
-            self.figure = self._matplotlib.figure.Figure(figsize=(WIDTH, height))
+        with _style():
+            self.figure = library().figure.Figure(figsize=(WIDTH, height))
 
     def draw(self, draw: Any, *arguments: Any) -> Drawing:
-        with self._matplotlib.rc_context(_STYLE):
+        """Let a function draw on it."""
+        with _style():
             draw(self.figure, *arguments)
         return self
 
     def stack(self, parts: Sequence[tuple[float, Any, Sequence[Any]]]) -> Drawing:
         """Draw several things one below the other: (height, function, its arguments) of each."""
-        with self._matplotlib.rc_context(_STYLE):
-            canvases = self.figure.subfigures(len(parts), 1, height_ratios=[height for height, _, _ in parts])
-            for canvas, (_, draw, arguments) in zip(
-                [canvases] if len(parts) == 1 else canvases, parts, strict=True
-            ):
+        with _style():
+            heights = [height for height, _, _ in parts]
+            canvases = self.figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False)
+            for canvas, (_, draw, arguments) in zip(canvases[:, 0], parts, strict=True):
                 draw(canvas, *arguments)
         return self
 
@@ -105,7 +115,7 @@ class Drawing:
             name: makes its inner ids differ from those of another figure in the page.
         """
         text = io.StringIO()
-        with self._matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        with _style(**{"svg.hashsalt": name}), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a character that the font lacks: the browser has others
             self.figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         svg = text.getvalue()
@@ -123,6 +133,6 @@ class Drawing:
         Raises:
             OSError: it cannot be written.
         """
-        with self._matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        with _style(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.figure.savefig(path, format="png", dpi=130, facecolor="white")

@@ -133,6 +133,7 @@ td .badge{margin-left:0;vertical-align:1px}
 .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
 .figure{margin:0 -6px}
 .figure svg{width:100%;height:auto;display:block}
+.figure svg text{font-family:"DejaVu Sans",Verdana,Geneva,sans-serif!important}
 .scroll{overflow-x:auto;margin:8px 0}
 table{border-collapse:collapse;font-size:13.5px;width:100%;font-variant-numeric:tabular-nums}
 th{text-align:left;font-weight:600;color:var(--faint);font-size:12.5px;white-space:nowrap;vertical-align:bottom}

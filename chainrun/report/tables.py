@@ -46,7 +46,7 @@ def segments(story: Story) -> Content:
             count(segment.lost_steps, "step"),
             tag("div", duration(segment.seconds("lost")), class_="small"),
         ]
-        nothing = segment.lost_steps == 0 and segment.seconds("lost") < 0.005
+        nothing = segment.lost_steps == 0 and segment.seconds("lost") < 0.5
         yield NOTHING if nothing else tag("span", lost, class_="bad")
         yield duration(segment.unused)
         if slurm:
@@ -55,7 +55,10 @@ def segments(story: Story) -> Content:
     heads = ["#", "ended by", "began"] + ["job, nodes", "waited"] * slurm
     heads += ["start, restore", "trained", "steps", "lost", "unused"] + ["node hours"] * slurm
     numbers = "lll" + "lr" * slurm + "rrrrr" + "r" * slurm
-    words = "Unused is what was left of the walltime when the segment had stopped."
+    words = (
+        "Unused: what was left of the walltime when the segment had stopped. "
+        "Lost: what was trained and not saved, as of the last sign of life."
+    )
     return [
         table(heads, [list(row(segment)) for segment in shown], numbers),
         line,

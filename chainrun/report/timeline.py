@@ -194,7 +194,14 @@ def _rows(axes: Axes, shown: Sequence[Segment], story: Story) -> None:
     axes.set_xlabel(label)
 
 
-def nothing(canvas: Canvas, story: Story) -> None:
-    """Draw that there is nothing to draw yet."""
-    words = f"{look.clean(story.name, 60)}: no segment has begun yet"
-    canvas.text(0.5, 0.5, words, ha="center", va="center", color=FAINT)
+def title(canvas: Canvas, story: Story) -> None:
+    """Write what the picture shows, which the page says elsewhere."""
+    canvas.text(0.02, 0.62, look.clean(story.name, 70), fontsize=14, fontweight="bold", va="center")
+    words = [story.state, look.count(story.steps, "step"), look.count(len(story.segments), "segment")]
+    if story.segments:
+        words += [f"goodput {look.part(story.goodput)}"]
+    if story.node_hours:
+        words += [f"{look.hours(story.node_hours)} node hours"]
+    if story.gpu_hours:
+        words += [f"{look.hours(story.gpu_hours)} GPU hours"]
+    canvas.text(0.02, 0.18, "  ·  ".join(words), va="center")
