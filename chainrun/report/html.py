@@ -131,8 +131,8 @@ td .badge{margin-left:0;vertical-align:1px}
 .bar{display:flex;height:14px;border-radius:5px;overflow:hidden;margin:14px 0 6px;background:var(--soft)}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--faint)}
 .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
-.figure{margin:0 -6px}
-.figure svg{width:100%;height:auto;display:block}
+.figure{margin:0 -6px;overflow-x:auto}
+.figure svg{width:100%;min-width:760px;height:auto;display:block}
 .figure svg text{font-family:"DejaVu Sans",Verdana,Geneva,sans-serif!important}
 .scroll{overflow-x:auto;margin:8px 0}
 table{border-collapse:collapse;font-size:13.5px;width:100%;font-variant-numeric:tabular-nums}

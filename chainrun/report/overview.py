@@ -54,8 +54,8 @@ def overview_page(
         cards.insert(
             3, card(look.hours(nodes), "node hours", f"{look.hours(gpus)} GPU hours" if gpus else "no GPUs")
         )
-    names = names_of(found)
     differing = list(dict.fromkeys(key for each in arguments for key in each))
+    names = [name for name in names_of(found) if f"args.{name}" not in differing]
     shares = any(story.fraction is not None for story in stories)
     heads = ["run", "state", *(key.removeprefix("args.") for key in differing), "steps", *["done"] * shares]
     heads += ["segments", "goodput", *["node hours"] * bool(nodes), *names[:3]]
