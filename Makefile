@@ -3,7 +3,9 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test crash check format setup slurm clean
+CHROMIUM ?= chromium
+
+.PHONY: demo test crash check format setup slurm screenshot clean
 
 demo: setup            ## train the digits example as a chain and compare it bit for bit
 	$(BIN)/chainrun demo
@@ -43,6 +45,16 @@ slurm:
 	  sudo -n apt-get update -qq && sudo -n apt-get install -qq -y --no-install-recommends slurm-wlm munge gcc libc6-dev >/dev/null || \
 	  echo "slurm-wlm and munge could not be installed: the tests that need SLURM are skipped"; \
 	fi
+
+# The pages that the tests have kept, as a browser shows them (apt-get install chromium).
+screenshot:
+	@for page in artifacts/*/*.html; do \
+	  profile=$$(mktemp -d); \
+	  $(CHROMIUM) --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
+	    --user-data-dir=$$profile --window-size=1200,2800 --screenshot=$${page%.html}-browser.png \
+	    "file://$(CURDIR)/$$page" 2>/dev/null && echo $${page%.html}-browser.png; \
+	  rm -rf $$profile; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist

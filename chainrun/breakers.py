@@ -18,7 +18,13 @@ if TYPE_CHECKING:  # commands that only look need no YAML
 
 ENDS = ("stop", "failed", "done", "lost")
 FAILURES = 2  # on one node, after which the chain keeps away from it
-_NOT_THE_NODES = ("TIMEOUT", "OUT_OF_MEMORY", "PREEMPTED", "CANCELLED")  # states of jobs that were killed
+_NOT_THE_NODES = (
+    "TIMEOUT",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "CANCELLED",
+    "REQUEUED",
+)  # states of jobs that were killed
 
 
 @dataclass

@@ -4,8 +4,11 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 
 =============  =======================================================================================
 ``start``      a SLURM job starts, before anything else: ``job restart nodes gpus``
-``lost``       a job was killed without a word, as the next one sees: ``job restart segment state last_seen``
+``lost``       a job was killed without a word, as the next one sees: ``job restart segment state last_seen
+               step``
 ``segment``    a segment starts: ``segment job restart host world_size resumed step checkpoint seconds``
+``trains``     a segment's first step is done: ``segment step seconds``, of this step since the restore, and
+               what SLURM says of when the job was ``submitted eligible granted``
 ``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds waited stall reason``; of the
                training, ``waited`` is what it stood still for the save before and ``stall`` in all; a save
                without ``stall`` was not made beside it
@@ -20,6 +23,8 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds lead``; of a walltime ``lead`` has
                the ``seconds`` before the job's end at which to stop, and what for: ``gap save margin`` (s)
+``taken``      SLURM takes its nodes from a job that saved in time: ``job restart state``, a preemption (PREEMPTED),
+               a failed node (NODE_FAIL) or somebody's requeue (REQUEUED)
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
 ``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
                retry``

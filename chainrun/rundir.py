@@ -67,6 +67,11 @@ class RunDir:
         return self.path / "STOP"
 
     @property
+    def report(self) -> Path:
+        """What `chainrun report` makes, beside a picture of the same name."""
+        return self.path / "report.html"
+
+    @property
     def halted(self) -> Path:
         """The chain has stopped by itself: JSON with ``why`` and the ``command`` that goes on."""
         return self.path / "HALTED"

@@ -178,6 +178,7 @@ class _Segment:
             if allocation.rank == 0
             else {},
             may_write=lambda: not self._locked or self._lock.held(),
+            trains=self._trains if allocation.rank == 0 else lambda seconds: None,
             say=self._say if allocation.rank == 0 else lambda line: None,
         )
         began = time.perf_counter()
@@ -250,17 +251,18 @@ class _Segment:
         before = breakers.starts(list(journal.events(run)))[-1:]
         if before and before[0].end is None:
             job, restart = before[0].event["job"], before[0].event["restart"]
-            seen = (journal.last(run) or {})["time"]
+            seen, step = (journal.last(run) or {})["time"], None
             if (holder.get("job"), holder.get("restart")) == (job, restart):
-                seen = max(seen, holder["time"])
+                seen, step = max(seen, holder["time"]), holder.get("step")
             journal.record(
                 run,
                 "lost",
                 job=job,
                 restart=restart,
                 segment=before[0].segment,
-                state="" if job == allocation.job else allocation.ended(job),
+                state=allocation.ended(job, before[0].event["nodes"], before[0].event["time"]),
                 last_seen=seen,
+                step=step,
             )
         journal.record(
             run,
@@ -270,6 +272,13 @@ class _Segment:
             nodes=list(allocation.nodes),
             gpus=allocation.gpus,
         )
+
+    def _trains(self, seconds: float | None) -> None:
+        """Record that the first step is done."""
+        assert self.training is not None
+        took = None if seconds is None else round(seconds, 3)
+        step, queued = self.training.global_step, self._allocation.queued()
+        self.note("trains", segment=self.number, step=step, seconds=took, **queued)
 
     def _done(self, result: Any) -> Outcome:
         assert self.training is not None

@@ -26,9 +26,10 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         return _refuse(run, allocation, "the run was cancelled")
     terminated = signals.terminated
     fate = slurm.fate(allocation.job, allocation.restart)
-    if fate == "cancelled":  # scontrol requeue would bring the job back to life
+    _note_taken(run, allocation, fate, terminated=terminated)
+    if fate.kind == "cancelled":  # scontrol requeue would bring the job back to life
         return _refuse(run, allocation, _CANCELLED)
-    if fate == "requeued":
+    if fate.kind == "requeued":
         journal.record(run, "handoff", how="requeued by SLURM", job=allocation.job)
         return True
     avoids = _keep_away(run)
@@ -57,7 +58,7 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
     for way in ways:
         # a cancel may have come meanwhile, and be why the way before was refused; its signal may still be on its way
         heard = signals.terminated and not terminated
-        if (heard or refused) and slurm.fate(allocation.job, allocation.restart) == "cancelled":
+        if (heard or refused) and slurm.fate(allocation.job, allocation.restart).kind == "cancelled":
             return _refuse(run, allocation, _CANCELLED)
         problem = way(run, allocation, described, signals)
         if problem is None:
@@ -80,6 +81,16 @@ def claim(run: RunDir, allocation: Allocation) -> bool:
 def stand_by() -> None:
     """Wait for the end that comes when another rank has handed over: one's own end would come before that."""
     time.sleep(_STAND_BY)
+
+
+def _note_taken(run: RunDir, allocation: Allocation, fate: slurm.Fate, *, terminated: bool) -> None:
+    """Record why SLURM takes the job's nodes away, where it does and where it says so."""
+    state = "PREEMPTED" if fate.preempted else ""
+    if not state and fate.kind != "cancelled" and (terminated or fate.kind == "requeued"):
+        began = (journal.last(run, "start") or {"time": 0.0})["time"]
+        state = allocation.ended(allocation.job, allocation.nodes, began)
+    if state:
+        journal.record(run, "taken", job=allocation.job, restart=allocation.restart, state=state)
 
 
 def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> None:

@@ -36,7 +36,7 @@ class Job:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         _one_log()
         run = RunDir(Path(self.path))
-        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
+        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation(run.jobs)
         try:
             _carry(run, allocation, signals)
         finally:

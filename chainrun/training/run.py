@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,7 @@ class Run:
             saving=lambda: self._saving.busy,
         )
         self._checked = False
+        self._gone_on: float | None = None  # when the function had come to the checkpoint's place
         self._first_due = self._next_due(self.global_step)
         self._next = 0  # the first step looks whether something was forgotten
 
@@ -226,6 +228,7 @@ class Run:
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = self._shards = None
+        self._gone_on = time.monotonic()
         rng.restore(rng.from_tensors(saved["rng"]))
         if self._is_witnessed():
             self._hear_witness(saved["position"]["owner"])
@@ -366,6 +369,7 @@ class Run:
         self._saving.check()
         if not self._checked:
             self._checked, self._next = True, self._first_due
+            self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
             for line in objects.forgotten(self._objects, things):
