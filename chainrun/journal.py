@@ -9,7 +9,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds waited stall reason``; of the
                training, ``waited`` is what it stood still for the save before and ``stall`` in all; a save
                without ``stall`` was not made beside it
-``created``    the run directory is made: ``id``
+``created``    the run directory is made: ``id format version``
 ``submitted``  a job is submitted: ``job``
 ``space``      there is no room for the next checkpoint: ``reason removed``
 ``unsaved``    a periodic save failed: ``step reason``
@@ -19,6 +19,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
                compared differs``
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
+``boundless``  the function returned without having come to one step boundary: ``segment reason``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
 ``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
                retry``

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import breakers, experiment, function, journal
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
-from chainrun.errors import ChainrunError
+from chainrun.errors import ChainrunError, UsageError
 from chainrun.lock import BEAT, Lock, Locked
-from chainrun.rundir import RunDir, read_json, write_durably
+from chainrun.rundir import RunDir, check_format, read_json, write_durably
 from chainrun.training.stop import Pace, SegmentEnd, Signals
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ def run_segment(
         return Outcome("idle", "the run has failed")
     if run.halted.exists():
         return Outcome("idle", "the chain has stopped")
+    try:
+        check_format(run)
+    except UsageError as error:  # the run is well, and not ours to write into
+        say(str(error))
+        return Outcome("locked", str(error))
     segment = _Segment(run, allocation, signals, began)
     try:
         return segment.carry()
@@ -217,6 +222,14 @@ class _Segment:
             self._control.returned()
         result = _plain(result)
         training._finish(result)
+        if not training.passed_a_boundary and allocation.rank == 0:
+            why = (
+                f"{described.function.rpartition(':')[2]}() returned without one step boundary, so no checkpoint could "
+                "be taken on its way and a walltime would have killed it; call run.step() after every optimizer step, "
+                "or loop over run.steps(n)"
+            )
+            self.note("boundless", segment=self.number, reason=why)
+            say(f"warning: {why}")
         return self._done(result)
 
     def _note_start(self, holder: dict[str, Any]) -> None:

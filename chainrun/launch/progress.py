@@ -103,6 +103,8 @@ def _tell(event: dict[str, Any]) -> str | None:
         return f"no checkpoint at step {event['step']}: {event['reason']}"
     if kind == "deferred":
         return f"a stop or save at step {event['step']} waits: {event['reason']}"
+    if kind == "boundless":
+        return f"warning: {event['reason']}"
     if kind == "done":
         return f"done after {event['step']} steps and {event['segment']} segments"
     return None

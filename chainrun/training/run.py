@@ -521,6 +521,11 @@ class Run:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
         return 0.5 + self._size / 100e6
 
+    @property
+    def passed_a_boundary(self) -> bool:
+        """Whether the training has come to a step boundary, in this segment or one before."""
+        return self.resumed or self._position.boundaries > 0
+
     # ---- for `chainrun verify` -----------------------------------------------------------------
 
     @property
