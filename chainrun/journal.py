@@ -10,7 +10,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
                training, ``waited`` is what it stood still for the save before and ``stall`` in all; a save
                without ``stall`` was not made beside it
 ``created``    the run directory is made: ``id format version``
-``submitted``  a job is submitted: ``job``
+``submitted``  a job is submitted: ``job``, and of a person's own script the ``command``
 ``space``      there is no room for the next checkpoint: ``reason removed``
 ``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``

@@ -176,6 +176,9 @@ class _Segment:
             may_write=lambda: not self._locked or self._lock.held(),
             say=say if allocation.rank == 0 else lambda line: None,
         )
+        if allocation.rank == 0:  # one run there too; what a person has set counts
+            os.environ.setdefault("WANDB_RUN_ID", setting.id)
+            os.environ.setdefault("WANDB_RESUME", "allow")
         began = time.perf_counter()
         self.training = training = Run(run.path, setting=setting)
         self._ahead.close()

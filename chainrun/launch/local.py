@@ -196,7 +196,9 @@ def _watch(
             f"the newest checkpoint is of step {newest.step}" if newest else "no checkpoint had been written"
         )
         how = "cancelled" if run.stop.exists() else "stopped" if asked.times else None
-        if how is None and end is not None and time.time() >= end:  # submitit kills at the limit, and so does SLURM
+        if (
+            how is None and end is not None and time.time() >= end
+        ):  # submitit kills at the limit, and so does SLURM
             what += (
                 "; its walltime came before a step boundary: call run.step() after every optimizer step and run.poll() "
                 "in long evaluations, or give it more time (--walltime)"
