@@ -19,7 +19,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
                compared differs``
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds``
-``boundless``  the function returned without having come to one step boundary: ``segment reason``
+``warning``    of what the function forgets (to register, to call `step`): ``segment step reason``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
 ``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
                retry``

@@ -231,7 +231,7 @@ class _Segment:
                 "be taken on its way and a walltime would have killed it; call run.step() after every optimizer step, "
                 "or loop over run.steps(n)"
             )
-            self.note("boundless", segment=self.number, reason=why)
+            self.note("warning", segment=self.number, step=training.global_step, reason=why)
             say(f"warning: {why}")
         return self._done(result)
 

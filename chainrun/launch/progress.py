@@ -103,7 +103,7 @@ def _tell(event: dict[str, Any]) -> str | None:
         return f"no checkpoint at step {event['step']}: {event['reason']}"
     if kind == "deferred":
         return f"a stop or save at step {event['step']} waits: {event['reason']}"
-    if kind == "boundless":
+    if kind == "warning":
         return f"warning: {event['reason']}"
     if kind == "done":
         return f"done after {event['step']} steps and {event['segment']} segments"

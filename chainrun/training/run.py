@@ -364,7 +364,12 @@ class Run:
             self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
             for line in objects.forgotten(self._objects, things):
-                self._setting.say(f"warning: {line}")
+                self._warn(line)
+            if not self._registered and not self.state:
+                self._warn(
+                    "nothing is registered, so a checkpoint holds no weights and a resumed run begins with fresh ones; "
+                    "call run.register(model=..., optimizer=...) before the loop"
+                )
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:
                 self._due = Wish("stop", "interrupt")
@@ -377,6 +382,11 @@ class Run:
                 self._due = wish
         if self._due is not None:
             self._wish(self._due)
+
+    def _warn(self, line: str) -> None:
+        """Say, in the log and in the journal, what the function forgets."""
+        self._setting.say(f"warning: {line}")
+        self._saving.note("warning", segment=self.segment, step=self.global_step, reason=line)
 
     def _next_due(self, after: int) -> int:
         """The next global step at which something is due, known without asking anybody."""
@@ -414,8 +424,8 @@ class Run:
             return
         if head is None and self._position.inside is None and not self._warned and self.is_main:
             self._warned = True
-            self._setting.say(
-                "warning: run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
+            self._warn(
+                "run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
                 "resume, everything before this boundary has to run again. Use run.epochs() or run.steps()"
             )
         self._due, self._deferred = None, False
