@@ -120,7 +120,10 @@ def follow(command: Command, folder: Path, environment: dict[str, str]) -> None:
     # lines that only a slow machine prints
     kept = [said for said in done.stdout.splitlines() if not re.match(r"chainrun: segment \d+, step", said)]
     said = "".join(f"{line}\n" for line in kept)
-    assert re.fullmatch(pattern(command.expected), said), f"$ {line}\n{said}"
+    expected = command.expected
+    if command.line == "make demo":  # where the walltime cuts, and how often, is the machine's
+        expected = [re.sub(r"^chainrun: (segment \d+ (stops|resumes)|segment \d+: res|witnessed).*", "…", e) for e in expected]
+    assert re.fullmatch(pattern(expected), said), f"$ {line}\n{said}"
 
 
 LOCAL = [c for c in commands() if c.heading != "On SLURM"]
