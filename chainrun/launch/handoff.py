@@ -9,7 +9,7 @@ import time
 
 from chainrun import breakers, experiment, journal
 from chainrun.allocation import Allocation
-from chainrun.errors import ClusterError
+from chainrun.errors import UsageError
 from chainrun.launch import notify, slurm, submit
 from chainrun.rundir import RunDir, write_durably
 from chainrun.segment import Outcome, say
@@ -100,7 +100,8 @@ def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> No
         options: to be added to the command that goes on.
     """
     waiting = _waiting(run, allocation)  # before a person can let the chain go on
-    command = f"chainrun submit {run.experiment}{options}"
+    own = (journal.last(run, "submitted") or {}).get("command")  # a person's own script
+    command = own or f"chainrun submit {run.experiment}{options}"
     say(f"the chain stops here: {why}; to go on: {command}")
     with contextlib.suppress(OSError):  # a full disk
         write_durably(run.halted, json.dumps({"why": why, "command": command}).encode())
@@ -224,7 +225,7 @@ def _resubmit(
 def _submit_after(run: RunDir, allocation: Allocation, described: experiment.Experiment) -> str | None:
     try:
         job = submit.submit_job(run, described, after=[allocation.job])
-    except ClusterError as error:
+    except UsageError as error:  # SLURM's, or a run from a person's own script that says no slurm.time
         return str(error)
     say(f"submitted job {job} to go on after this one")
     return None
