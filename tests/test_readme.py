@@ -122,7 +122,10 @@ def follow(command: Command, folder: Path, environment: dict[str, str]) -> None:
     said = "".join(f"{line}\n" for line in kept)
     expected = command.expected
     if command.line == "make demo":  # where the walltime cuts, and how often, is the machine's
-        expected = [re.sub(r"^chainrun: (segment \d+ (stops|resumes)|segment \d+: res|witnessed).*", "…", e) for e in expected]
+        expected = [
+            re.sub(r"^chainrun: (segment \d+ (stops|resumes)|segment \d+: res|witnessed).*", "…", e)
+            for e in expected
+        ]
     assert re.fullmatch(pattern(expected), said), f"$ {line}\n{said}"
 
 
