@@ -28,7 +28,7 @@ print(*(job.job_id for job in jobs))
 # What a site's or a person's start files may set: another format of times and of squeue, other options of sbatch
 AMBIENT = (
     "export SLURM_TIME_FORMAT=relative SQUEUE_FORMAT=%A SQUEUE_STATES=FAILED SCANCEL_INTERACTIVE=1 "
-    "SBATCH_TIMELIMIT=1 SBATCH_HOLD=1 SLURM_CLUSTERS=elsewhere TZ=America/Caracas"
+    "SBATCH_TIMELIMIT=1 SBATCH_HOLD=1 TZ=America/Caracas"
 )
 
 
@@ -68,7 +68,7 @@ def test_arrays_reservations_and_shortened_limits(tmp_path):
         again = start.described("again", args={"trouble": WARNED})
         policy = {"handoff": "resubmit"}
         anew = start.described("anew", args={"trouble": WARNED}, chain=policy, slurm={"setup": [AMBIENT]})
-        elements = in_an_array(cluster, again, anew)
+        elements = in_an_array(cluster, anew, again)  # with the first one's setup
         policy = {"handoff": "resubmit", "retry_errors": 1}
         both = start(
             "both", chain=policy, slurm={"tasks_per_node": 2}, args={"trouble": {"how": "raised", "after": 3}}
@@ -89,10 +89,10 @@ def test_arrays_reservations_and_shortened_limits(tmp_path):
         assert (
             short.events("handoff")[0]["how"] == "resubmit"
         )  # a requeued job would keep the shortened limit
-        assert [event["job"] for event in again.events("segment")] == [elements[0]] * 2
+        assert [event["job"] for event in again.events("segment")] == [elements[1]] * 2
         assert [event["restart"] for event in again.events("segment")] == [0, 1]
         first, second = anew.events("segment")
-        assert (first["job"], second["job"]) == (elements[1], anew.events("submitted")[-1]["job"])
+        assert (first["job"], second["job"]) == (elements[0], anew.events("submitted")[-1]["job"])
         assert cluster.job(second["job"])["TimeLimit"] == "00:20:00"
 
         both.wait((both.run / "FAILED").exists, 120, "the failure after one retry")

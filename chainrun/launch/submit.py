@@ -247,16 +247,16 @@ def _why_refused(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _outside_of_any_job() -> Iterator[None]:
-    """Hide the present job's variables from sbatch, which would take them for options of the new one."""
-    keep = {"SLURM_CONF"}
-    hidden = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")) and name not in keep
-    }
-    for name in hidden:
-        del os.environ[name]
+    """Hide the present job from sbatch, which would take its variables for options and hand them on to the new one."""
+    present = dict(os.environ)
+    _set_environment(slurm.outside(slurm.begun or present))
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        _set_environment(present)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    for name in set(os.environ) - set(variables):
+        del os.environ[name]
+    os.environ.update(variables)
