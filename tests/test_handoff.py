@@ -16,8 +16,6 @@ from slurm_cluster import Cluster, beside, require_slurm
 from test_slurm import Chain, assert_same, plain
 from test_store import small_disk as small_disk  # noqa: PLC0414 a fixture
 
-from chainrun.launch import slurm
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "slurm"))
 from folder import Cluster as SlurmFolder
 
@@ -254,25 +252,6 @@ def test_budgets_bad_nodes_and_held_jobs(cluster, start, reference):
         chain.wait_done(90)
         assert_same(chain, reference)
     assert [event["how"] for event in raises.events("handoff")] == ["requeue", "resubmit"]
-
-
-@pytest.mark.parametrize(
-    ("reason", "is_held"),
-    [
-        ("JobHeldAdmin", True),
-        ("JobHeldUser", True),
-        ("launch failed requeued held", True),
-        ("launch_failed_requeued_held", True),
-        ("Too many requeues", True),
-        ("Priority", False),
-        ("Dependency", False),
-    ],
-)
-def test_which_reasons_need_a_person(reason, is_held):
-    """SLURM's reasons for a hold are recognized, in the words of all its versions; others are waited for."""
-    found = slurm.held("7", "PENDING", reason)
-    assert (found is not None) == is_held
-    assert found is None or "scontrol release 7" in found
 
 
 def test_scancel_ends_a_chain_in_every_phase_and_submit_goes_on(cluster, start, reference, tmp_path):
