@@ -304,6 +304,8 @@ def test_signals_and_limits_that_change(tmp_path):
             if imports.events("segment"):
                 break
             cluster.run("scancel", "--signal=USR2", jobs_of(imports)[0], check=False)
+        shorter.wait(lambda: shorter.events("handoff"), 90, "the stop before the shortened limit")
+        cluster.run("scontrol", "update", f"JobId={jobs_of(shorter)[0]}", "TimeLimit=20")
         for chain in (imports, shorter, longer, twice):
             chain.wait_done(200)
             assert_same(chain, reference)
