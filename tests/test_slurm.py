@@ -231,7 +231,6 @@ def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_progra
             saves = {event["step"]: event["seconds"] for event in chain.events("checkpoint")}
             for stop in chain.events("stop")[1:]:  # the first one learns
                 assert stop["unused_seconds"] < saves[stop["step"]] + stop["lead"]["longest_gap"] + 15
-                assert stop["unused_seconds"] <= stop["lead"]["seconds"]
         log = one.command("logs", str(one.run))
         assert "segment 1: fresh start" in log
         assert "segment 3: resuming at step" in log

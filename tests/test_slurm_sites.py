@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
+from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, beside
@@ -99,3 +100,36 @@ def test_arrays_reservations_and_shortened_limits(tmp_path):
         assert {event["segment"] for event in both.events("failed")} == {1, 2}
         assert len(jobs_of(both)) == 2
         assert [event["how"] for event in both.events("handoff")] == ["resubmit"]
+
+
+def entered(folder: Path) -> Path:
+    """Return a Python that is a script, as one that enters a container is; the Python inside takes itself for it."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (folder / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/bash\nexport INSIDE=1\nexec -a "$0" {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@beside
+def test_a_signal_comes_through_a_wrapper_where_only_the_first_process_gets_any(tmp_path):
+    """Under proctrack/cgroup, with a Python that is a script which ends in exec: warned far from its end, it stops."""
+    reference = plain(tmp_path, EPOCHS)
+    python = entered(tmp_path / "environment")
+    cluster = Cluster.up("--profile", "cgroup", "--nodes=1", "--fast-signals")
+    try:
+        chain = Starter(cluster, tmp_path).described("wrapped")
+        cluster.run(str(python), "-m", "chainrun", "submit", str(chain.file), cwd=chain.folder)
+        (job,) = jobs_of(chain)
+        chain.wait(chain.trace.with_suffix(".0").exists, 120, "the first step")
+        script = (chain.run / "jobs" / f"{job}_submission.sh").read_text()
+        assert f"{python} -u -m submitit" in script
+        cluster.run("scancel", "--signal=USR2", job)
+        chain.wait_done(150)
+        assert_same(chain, reference)
+        assert [event["reason"] for event in chain.events("stop")] == ["signal"]
+        assert [event["how"] for event in chain.events("handoff")] == ["requeue"]
+    finally:
+        cluster.down()
