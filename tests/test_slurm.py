@@ -60,7 +60,8 @@ class Chain:
         return [line for line in lines if not kinds or line["event"] in kinds]
 
     def wait(self, condition, seconds: float, what: str) -> None:
-        until = time.monotonic() + seconds
+        """Wait for a condition, twice as long as it takes on a machine that has other things to do too."""
+        until = time.monotonic() + 2 * seconds
         while not condition():
             if time.monotonic() > until:
                 logs = "\n".join(
