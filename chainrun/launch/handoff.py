@@ -43,7 +43,7 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         "auto": [_requeue, _resubmit],
     }[described.chain.handoff]
     # a job that is requeued keeps its options, and a limit that --time-min let SLURM shorten
-    shortened = described.chain.handoff == "auto" and {"time-min", "time_min"} & set(described.slurm.extra)
+    shortened = described.chain.handoff == "auto" and "time-min" in described.slurm.extra
     if avoids or shortened:
         ways = [_resubmit, *(way for way in ways if way is not _resubmit)]
     waiting = _waiting(run, allocation)

@@ -35,6 +35,7 @@ class Job:
     def __call__(self) -> None:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         _one_log()
+        slurm.begin()
         run = RunDir(Path(self.path))
         allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation(run.jobs)
         try:

@@ -20,6 +20,12 @@ from chainrun.errors import ClusterError
 TIMEOUT = 20.0  # seconds after which a SLURM command counts as hanging
 _QUESTION = 5.0  # the same for questions, which the training asks too
 _LEAST = 1.0
+_DEVICES = {
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ZE_AFFINITY_MASK",
+}  # set by SLURM
 _UTC = "UTC0"  # as TZ: times of the clocks' change in autumn have one meaning
 _IN_A_JOB = 5.0  # the same inside a job of which nobody says when it ends
 
@@ -83,6 +89,27 @@ def ask(*command: str, most: float = TIMEOUT, **variables: str) -> Answer:
         lines = (done.stderr or done.stdout).strip().splitlines()
         return Answer(False, lines[-1] if lines else f"{command[0]} ended with {done.returncode}")
     return Answer(True, done.stdout)
+
+
+begun: dict[str, str] = {}  # the environment that the job's process began with
+
+
+def begin() -> None:
+    """Remember the environment before the user's code adds to it: addresses, ranks, devices of this job alone."""
+    begun.update(os.environ)
+
+
+def outside(variables: dict[str, str]) -> dict[str, str]:
+    """Return an environment without what a job that it comes from has set, and what sbatch would take for options."""
+    job = variables.get("SLURM_JOB_ID")
+    names = {"SLURM_CONF"} & set(variables)
+    names |= {
+        name for name in variables if not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI"))
+    }
+    if job is not None:
+        names -= _DEVICES if "SLURM_JOB_GPUS" in variables else set()
+        names -= {name for name in ("TMPDIR", "TMP", "TEMP") if job in variables.get(name, "")}
+    return {name: variables[name] for name in names}
 
 
 def need(*commands: str) -> None:
