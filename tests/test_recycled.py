@@ -64,8 +64,10 @@ def test_a_file_that_somebody_reads_maps_or_links_to_stays_as_it_is(old: Path, t
 
 def test_only_filesystems_of_one_machine_are_written_over(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On another machine somebody may read what nobody here does."""
+    assert recycled.is_possible(old.parent)
     monkeypatch.setattr(recycled, "_kind", lambda file: 0x6969)  # NFS
     assert recycled.opened(old) is None
+    assert not recycled.is_possible(old.parent)
 
 
 def test_a_training_keeps_one_retired_directory_between_its_saves_and_none_when_it_ends(
