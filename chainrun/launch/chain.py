@@ -13,7 +13,7 @@ from chainrun import experiment, journal
 from chainrun.checkpoint.store import Committed, Store
 from chainrun.errors import ChainrunError, UsageError
 from chainrun.launch import cancel, local, slurm, submit
-from chainrun.lock import holder
+from chainrun.launch.standing import Standing
 from chainrun.rundir import RunDir, read_json
 
 _GRACE = 30.0  # seconds that a job may be out of the queue without its end being written yet
@@ -32,20 +32,9 @@ class Chain:
 
     @property
     def state(self) -> str:
-        """``done``, ``failed``, ``cancelled``, ``running``, ``queued`` or ``stopped``."""
-        run = self._run
-        if run.done.exists():
-            return "done"
-        if run.failed.exists():
-            return "failed"
-        held = holder(run)
-        if held and held["alive"]:
-            return "running"
-        if run.stop.exists():
-            return "cancelled"
-        if run.halted.exists():
-            return "stopped"
-        return "queued" if slurm.states(submit.jobs_of(run)) else "stopped"
+        """``done``, ``failed``, ``cancelled``, ``running``, ``queued``, ``held`` (a job that waits for a person),
+        ``stopped``, or ``unknown`` where SLURM does not say whether a job waits."""
+        return Standing(self._run).state().word
 
     @property
     def checkpoints(self) -> list[Committed]:
