@@ -132,8 +132,11 @@ def _experiment(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
     parser.add_argument("overrides", nargs="*", metavar="k=v", help="for example args.lr=0.1 slurm.time=2h")
     if not optional:
         parser.add_argument(
-            "--override", action="store_true", help="go on although the experiment has changed"
+            "--override",
+            action="store_true",
+            help="go on with a changed experiment, and the code as it is now",
         )
+        parser.add_argument("--frozen", action="store_true", help="go on with the code as it was submitted")
 
 
 def _submit(options: argparse.Namespace) -> int:
@@ -151,7 +154,7 @@ def _submit(options: argparse.Namespace) -> int:
         raise UsageError(f"--jobs {options.jobs}: at least 1 is needed")
     slurm.need()
     submit.check(described)
-    run, how = submit.prepare(described, base, override=options.override)
+    run, how = submit.prepare(described, base, override=options.override, keep_code=options.frozen)
     if how == "done":
         return _already_done(run.path)
     jobs = submit.submit_jobs(run, described, options.jobs)
@@ -169,7 +172,8 @@ def _run(options: argparse.Namespace) -> int:
     described = experiment.load(options.experiment, options.overrides)
     walltime = options.walltime and parse_duration(options.walltime, "--walltime")
     cuts = _steps(options.interrupt_at, "--interrupt-at")
-    run, how = submit.prepare(described, options.experiment.absolute().parent, override=options.override)
+    base = options.experiment.absolute().parent
+    run, how = submit.prepare(described, base, override=options.override, keep_code=options.frozen)
     if how == "done":
         return _already_done(run.path)
     code = local.run_chain(run, described, cuts, walltime)

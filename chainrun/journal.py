@@ -26,6 +26,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``done``       the function returned: ``segment step``
 ``cancel``     a person ended the chain
 ``continue``   a person let an ended chain go on: ``changes``
+``code``       the function's project is frozen, at first or anew: ``files root`` and of git ``git_commit git_changes``
 =============  =======================================================================================
 """
 

@@ -29,6 +29,26 @@ class RunDir:
         return self.path / "experiment.yaml"
 
     @property
+    def code(self) -> Path:
+        """The function's project as it was at submission; the jobs import it from here."""
+        return self.path / "code"
+
+    @property
+    def frozen(self) -> Path:
+        """What is in `code`, and of which commit: JSON, see `chainrun.snapshot`."""
+        return self.path / "code.json"
+
+    @property
+    def environment(self) -> Path:
+        """What the run was submitted from: JSON with Python, packages, command, folder."""
+        return self.path / "environment.json"
+
+    @property
+    def shipped(self) -> Path:
+        """The module in `code` of a function that was in no file, such as a notebook's."""
+        return self.code / "shipped_function.py"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from chainrun import breakers, experiment, function, journal
+from chainrun import breakers, experiment, function, journal, snapshot
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
 from chainrun.errors import ChainrunError
@@ -136,7 +136,8 @@ class _Segment:
         self._control = distributed.connect(allocation, run)
         group = self._control or Alone()
         self.number = group.broadcast(self.number)
-        source = function.find_function(described, run.path)
+        source = snapshot.frozen_source(run) or function.find_function(described, run.path)
+        snapshot.use(run)
         train = function.load_function(source)
         every = described.checkpoint.every
         created = journal.last(run, "created") or {}
@@ -165,9 +166,7 @@ class _Segment:
                 "leads": allocation.rank == 0,
                 "pace": Pace(),
             },
-            environment=environment.facts(allocation, source.path.parent if source.path else run.path)
-            if allocation.rank == 0
-            else {},
+            environment=environment.facts(allocation, self._git(source)) if allocation.rank == 0 else {},
             may_write=lambda: not self._locked or self._lock.held(),
             say=say if allocation.rank == 0 else lambda line: None,
         )
@@ -200,6 +199,7 @@ class _Segment:
                     f"(read and verified in {seconds:.2f} s)"
                 )
             drift = environment.drift(newest.manifest["environment"], setting.environment) if newest else []
+            drift += snapshot.installed_drift(run)
             if drift:
                 journal.record(run, "drift", segment=self.number, changes=drift)
                 say(
@@ -218,6 +218,12 @@ class _Segment:
         result = _plain(result)
         training._finish(result)
         return self._done(result)
+
+    def _git(self, source: function.FunctionSource) -> dict[str, str]:
+        frozen = snapshot.frozen_git(self._run)
+        if frozen is not None:
+            return frozen
+        return snapshot.git_state(source.path.parent if source.path else self._run.path)
 
     def _note_start(self, holder: dict[str, Any]) -> None:
         """Record that this job has started, and that the one before was killed where it has not said how it ended.

@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from chainrun import experiment, journal
 from chainrun.checkpoint.store import Committed, Store
 from chainrun.errors import ChainrunError, UsageError
+from chainrun.experiment import Experiment
 from chainrun.launch import cancel, local, slurm, submit
 from chainrun.lock import holder
 from chainrun.rundir import RunDir, read_json
+from chainrun.shipped import Shipped, ship
 
 _GRACE = 30.0  # seconds that a job may be out of the queue without its end being written yet
 
@@ -91,29 +93,51 @@ class Chain:
         cancel.cancel(self.path)
 
 
+class Described(NamedTuple):
+    """What a call from Python stands for."""
+
+    experiment: Experiment
+    base: Path
+    """The folder that its paths start from."""
+    shipped: Shipped | None
+    """The function, where it is in no file."""
+
+
 def describe(
     function: Callable[..., Any] | str,
     *,
     args: Mapping[str, Any] | None,
     name: str | None,
     **keys: Any,
-) -> tuple[experiment.Experiment, Path]:
-    """Return the experiment that a call from Python stands for, and the folder that its paths start from."""
-    if callable(function):
-        file = inspect.getsourcefile(function)
-        spec = getattr(function, "__qualname__", "")
-        if file is None or not Path(file).is_file() or "." in spec or not spec.isidentifier():
-            raise UsageError(
-                f"{function!r} cannot be found again by a job: give a function at the top level of a file"
-            )
-        function, name = f"{Path(file).absolute()}:{spec}", name or spec
+) -> Described:
+    """Return what a call from Python stands for."""
+    shipped = None
+    if not isinstance(function, str):
+        function, shipped = _find(function)
     data = {
         "name": name or function.rpartition(":")[2],
         "function": function,
         "args": dict(args or {}),
         **keys,
     }
-    return experiment.from_dict(data, Path.cwd()), Path.cwd()
+    return Described(experiment.from_dict(data, Path.cwd()), Path.cwd(), shipped)
+
+
+def _find(function: Callable[..., Any]) -> tuple[str, Shipped | None]:
+    """Return how a job finds a function again, and the function itself where it is in no file."""
+    name, module = getattr(function, "__qualname__", ""), getattr(function, "__module__", None) or ""
+    if not inspect.isfunction(function) or not name.isidentifier():
+        raise UsageError(
+            f"{function!r} cannot be found again by a job: give a function that was defined with `def` at the top "
+            "level of a file, a notebook or a prompt"
+        )
+    file = inspect.getsourcefile(function)
+    if file is None or not Path(file).is_file() or Path(file).parent.name.startswith("ipykernel_"):
+        made = ship(function)
+        return f"{made.source.module}:{name}", made
+    if "." in module:  # in a package: its relative imports need its full name
+        return f"{module}:{name}", None
+    return f"{Path(file).absolute()}:{name}", None
 
 
 def submit_chain(
@@ -122,26 +146,29 @@ def submit_chain(
     args: Mapping[str, Any] | None = None,
     name: str | None = None,
     override: bool = False,
+    frozen: bool = False,
     jobs: int = 1,
     **keys: Any,
 ) -> Chain:
     """Submit a training function to SLURM as a chain of jobs, or go on with its run.
 
     Args:
-        function: at the top level of a file, or ``path.py:function``; called as ``function(run, **args)``.
+        function: at the top level of a file, a notebook or a prompt, or ``path.py:function``; called as
+            ``function(run, **args)``. One that is in no file is taken along, see `chainrun.shipped`.
         args: plain values.
         name: of the run; by default the function's.
-        override: go on with an existing run although the experiment has changed.
+        override: go on with an existing run although the experiment has changed, and with the code as it is now.
+        frozen: go on with the code that was submitted, also where the run failed and the code has changed.
         jobs: how many to submit at once, each to start after those before it, where jobs may not submit others.
         keys: the other keys of the experiment file: ``dir``, ``seed``, ``slurm={"time": "4h"}`` …
 
     Raises:
         UsageError: the input or SLURM refuses; nothing was submitted.
     """
-    described, base = describe(function, args=args, name=name, **keys)
+    described, base, shipped = describe(function, args=args, name=name, **keys)
     slurm.need()
     submit.check(described)
-    run, how = submit.prepare(described, base, override=override)
+    run, how = submit.prepare(described, base, override=override, keep_code=frozen, shipped=shipped)
     if how != "done":
         submit.submit_jobs(run, described, max(1, jobs))
     return Chain(run.path)
@@ -155,6 +182,7 @@ def run_chain(
     walltime: float | None = None,
     interrupt_at: Sequence[int] = (),
     override: bool = False,
+    frozen: bool = False,
     **keys: Any,
 ) -> Chain:
     """Run the same chain on this machine, to its end.
@@ -165,8 +193,8 @@ def run_chain(
 
     The other arguments are those of `submit_chain`.
     """
-    described, base = describe(function, args=args, name=name, **keys)
-    run, how = submit.prepare(described, base, override=override)
+    described, base, shipped = describe(function, args=args, name=name, **keys)
+    run, how = submit.prepare(described, base, override=override, keep_code=frozen, shipped=shipped)
     if how != "done":
         local.run_chain(run, described, interrupt_at, walltime, quiet=not sys.stderr.isatty())
     return Chain(run.path)

@@ -14,13 +14,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainrun import breakers, experiment, function, journal
+from chainrun import breakers, experiment, function, journal, snapshot
 from chainrun.errors import ClusterError, ExperimentError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
 from chainrun.rundir import RunDir, fsync_file, write_durably
+from chainrun.segment import say
+from chainrun.shipped import Shipped, shipped_before
 
 _SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
 _TIMED_OUT = 124  # what timeout(1) ends with
@@ -30,22 +32,33 @@ _PYTHON = f"""/bin/sh -c 'trap "" USR2; exec "$@"' sh {shlex.quote(sys.executabl
 LEAST_LEAD, MOST_LEAD = 10.0, 120.0  # seconds that SLURM's own warning comes before the end, where lead: auto
 
 
-def prepare(described: Experiment, base: Path, *, override: bool = False) -> tuple[RunDir, str]:
+def prepare(
+    described: Experiment,
+    base: Path,
+    *,
+    override: bool = False,
+    keep_code: bool = False,
+    shipped: Shipped | None = None,
+) -> tuple[RunDir, str]:
     """Create the run directory of an experiment, or open it to go on.
+
+    Args:
+        override: go on although the experiment has changed, and with the code as it is now.
+        keep_code: go on with the frozen code, also where the run failed and the code has changed since.
+        shipped: the function itself, where it is in no file that a job could import.
 
     Returns:
         The run and ``new``, ``continued`` or ``done``.
 
     Raises:
         UsageError: the directory cannot be written; a segment of the run is alive; the experiment differs
-            from the one that the run was started with and `override` is not set.
+            from the one that the run was started with and `override` is not set; the run failed, the code has
+            changed since, and neither `override` nor `keep_code` says with which to go on.
         ExperimentError: the function is missing, or its arguments do not fit.
     """
-    source = function.find_function(described, base)
-    function.check_arguments(source, described.args)
     run = RunDir(described.run_dir)
     if not run.experiment.exists():
-        create(run, described)
+        create(run, described, _survey(described, base, shipped), shipped)
         return run, "new"
     changes = experiment.diff(experiment.load(run.experiment), described)
     if changes and not override:
@@ -56,6 +69,23 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
         )
     if run.done.exists():
         return run, "done"
+    _nobody_carries(run)
+    project = _changed_code(run, described, base, shipped, override=override, keep_code=keep_code)
+    run.create()
+    if project is not None:
+        _freeze(run, project, shipped)
+    if changes:
+        source = snapshot.frozen_source(run)
+        assert source is not None
+        function.check_arguments(source, described.args)
+        write_durably(run.experiment, experiment.to_yaml(described).encode())
+    for marker in (run.stop, run.failed, run.halted):
+        marker.unlink(missing_ok=True)
+    journal.record(run, "continue", changes=changes)
+    return run, "continued"
+
+
+def _nobody_carries(run: RunDir) -> None:
     held = holder(run)
     if held and held["alive"]:
         raise UsageError(
@@ -74,20 +104,85 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
             f"{run.path} has job {job} in the queue ({state}, {reason}); `chainrun cancel {run.path}` removes it"
             + f"; {waits}" * bool(waits)
         )
-    run.create()
-    if changes:
-        write_durably(run.experiment, experiment.to_yaml(described).encode())
-    for marker in (run.stop, run.failed, run.halted):
-        marker.unlink(missing_ok=True)
-    journal.record(run, "continue", changes=changes)
-    return run, "continued"
 
 
-def create(run: RunDir, described: Experiment) -> None:
-    """Make the run directory of an experiment, with the experiment frozen in it."""
+def _survey(described: Experiment, base: Path, shipped: Shipped | None) -> snapshot.Project:
+    """Look at the code as it is now; the function must be there, and take the arguments."""
+    if shipped is not None:
+        shipped.check_arguments(described.args)
+        return snapshot.survey_folder(shipped.source, Path.cwd(), None, described.dir)
+    source = function.find_function(described, base)
+    function.check_arguments(source, described.args)
+    return snapshot.survey(source, described.dir)
+
+
+def _changed_code(
+    run: RunDir,
+    described: Experiment,
+    base: Path,
+    shipped: Shipped | None,
+    *,
+    override: bool,
+    keep_code: bool,
+) -> snapshot.Project | None:
+    """Compare the code with what is frozen; return the project where it is to be frozen anew."""
+    new = not run.frozen.exists()
+    try:
+        project = _survey(described, base, shipped)
+    except ExperimentError as error:
+        if new or (override and not keep_code):
+            raise
+        drift = [] if shipped_before(run) else [str(error)]
+    else:
+        if new:
+            return project
+        drift = snapshot.differences(run, project) + ([] if shipped is None else shipped.differences(run))
+    packages = snapshot.changed_packages(run)
+    if packages:
+        say(f"the environment is not that of the submission:{snapshot.shorten(packages)}")
+    if not drift:
+        return None
+    if override and not keep_code:
+        say(f"{run.path} goes on with the code as it is now:{snapshot.shorten(drift)}")
+        return project
+    if run.failed.exists() and not keep_code:
+        raise UsageError(
+            f"{run.path} failed, and its code has changed since it was submitted:{snapshot.shorten(drift)}\n"
+            "to go on with the changed code, say because it is corrected: --override; with the code as it was "
+            "submitted: --frozen"
+        )
+    say(
+        f"{run.path} goes on with the code that was submitted, from {run.code}; since then:{snapshot.shorten(drift)}\n"
+        "to go on with the code as it is now: --override"
+    )
+    return None
+
+
+def _freeze(run: RunDir, project: snapshot.Project, shipped: Shipped | None) -> None:
+    try:
+        snapshot.freeze(run, project)
+        if shipped is not None:
+            shipped.write(run)
+    except OSError as error:
+        raise UsageError(f"the code could not be frozen in {run.code}: {error}") from error
+
+
+def create(
+    run: RunDir,
+    described: Experiment,
+    project: snapshot.Project | None = None,
+    shipped: Shipped | None = None,
+) -> None:
+    """Make the run directory of an experiment, with the experiment and the code frozen in it.
+
+    Args:
+        project: what to freeze; without it the jobs import the function from where it is.
+    """
     run.create()
     journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
     fsync_file(run.journal)  # the id is for the run's whole life
+    if project is not None:
+        _freeze(run, project, shipped)
     write_durably(run.experiment, experiment.to_yaml(described).encode())  # last: it makes this a run
 
 
