@@ -128,6 +128,63 @@ class RunDir:
         return self
 
 
+@dataclass(frozen=True)
+class GroupDir:
+    """The paths of a group of runs, a sweep: a folder whose children are run directories."""
+
+    path: Path
+
+    @property
+    def sweep(self) -> Path:
+        """What the group is: JSON with ``name``, ``axes`` (key -> values), ``parallel`` and ``points`` (``name values``)."""
+        return self.path / "sweep.json"
+
+    @property
+    def claims(self) -> Path:
+        """Who has started which point, see `chainrun.launch.group`."""
+        return self.path / "claims"
+
+    @property
+    def stop(self) -> Path:
+        """Written by `chainrun cancel`: no further point starts."""
+        return self.path / "STOP"
+
+    @property
+    def halted(self) -> Path:
+        """The next point could not be submitted: JSON with ``why`` and the ``command`` that goes on."""
+        return self.path / "HALTED"
+
+    def runs(self) -> list[RunDir]:
+        """The points' run directories that exist, in the order of the grid."""
+        points = (read_json(self.sweep) or {}).get("points", [])
+        found = [RunDir(self.path / point["name"]) for point in points]
+        return [run for run in found if run.experiment.is_file()]
+
+    def create(self) -> GroupDir:
+        """Create the folder.
+
+        Raises:
+            UsageError: the directory cannot be written, or is a run's.
+        """
+        if (self.path / "experiment.yaml").exists():
+            raise UsageError(
+                f"{self.path} is a run, not a group of runs; choose another name or dir for the sweep"
+            )
+        try:
+            make_dir(self.claims)
+        except OSError as error:
+            raise UsageError(
+                f"the group's folder {self.path} cannot be written: {error.strerror or error}; "
+                "choose another with dir=PATH, or make it writable"
+            ) from error
+        return self
+
+
+def is_group(path: Path) -> bool:
+    """Whether a folder is a group of runs."""
+    return GroupDir(path).sweep.is_file()
+
+
 def parse_checkpoint(name: str) -> tuple[int, int] | None:
     """Return (step, repeat) of a checkpoint directory's name, None for any other name."""
     match = _CHECKPOINT.fullmatch(name)

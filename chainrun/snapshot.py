@@ -376,7 +376,6 @@ def _editable() -> list[str]:
 
 
 def _environment() -> dict[str, Any]:
-    packages = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
         "executable": sys.executable,
@@ -384,8 +383,14 @@ def _environment() -> dict[str, Any]:
         "cwd": os.getcwd(),
         "host": socket.gethostname(),
         "time": round(time.time(), 3),
-        "packages": dict(sorted(packages.items())),
+        "packages": _packages(),
     }
+
+
+@functools.cache
+def _packages() -> dict[str, str]:
+    found = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+    return dict(sorted(found.items()))
 
 
 def _say(line: str) -> None:

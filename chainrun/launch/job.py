@@ -11,13 +11,16 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chainrun.allocation import Allocation
-from chainrun.errors import EXIT_FAILED, EXIT_STOPPED
+from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from chainrun.launch import slurm
 from chainrun.rundir import RunDir
 from chainrun.training.stop import Signals, kill
+
+if TYPE_CHECKING:
+    from chainrun.segment import Outcome
 
 LOCAL = "CHAINRUN_LOCAL"  # what `chainrun run` tells its segments: JSON with segment, end, interrupt_at
 
@@ -45,7 +48,7 @@ class Job:
 
 
 def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
-    from chainrun.launch import handoff  # not while unpickling
+    from chainrun.launch import group, handoff  # not while unpickling
     from chainrun.segment import run_segment
 
     leads = allocation.rank == 0 and allocation.scheduler == "slurm"
@@ -53,22 +56,42 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
         cancelled = handoff.cancelled_before(run, allocation)
         if cancelled is not None:
             handoff.halt(run, allocation, cancelled)
+            group.pass_on(run)
             sys.exit(EXIT_STOPPED)
-    began = partial(handoff.prepare, run, allocation) if leads else lambda: None
+    began = partial(_began, run, allocation) if leads else lambda: None
     outcome = run_segment(run, allocation, signals, began)
+    ending = _end(run, allocation, signals, outcome, leads=leads)
+    # of a failed segment any rank does: rank 0 may be killed for its waiting for the one that failed
+    if allocation.scheduler == "slurm" and (leads or outcome.kind in ("failed", "retry")):
+        group.pass_on(run)
+    if ending:
+        sys.exit(ending)
+
+
+def _began(run: RunDir, allocation: Allocation) -> None:
+    from chainrun.launch import group, handoff
+
+    handoff.prepare(run, allocation)
+    group.pass_on(run)  # the places of chains that were killed without a word
+
+
+def _end(run: RunDir, allocation: Allocation, signals: Signals, outcome: Outcome, *, leads: bool) -> int:
+    """Hand over, or clean up behind the chain; return the exit code."""
+    from chainrun.launch import handoff
+
     if leads and outcome.kind in ("done", "failed", "idle"):
         handoff.tidy(run, allocation)
     if outcome.kind == "halted":
         handoff.halt(run, allocation, outcome.reason, outcome.options)
-        sys.exit(EXIT_STOPPED)
+        return EXIT_STOPPED
     if outcome.kind in ("failed", "locked", "lost"):  # srun then ends the ranks that wait for this one
-        sys.exit(EXIT_FAILED)
+        return EXIT_FAILED
     if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
         # of a failed segment the rank that failed hands over: the others may wait for it for ever
         hands_over = allocation.rank == 0 or outcome.kind == "retry"
         if hands_over and not handoff.hand_over(run, allocation, outcome, signals):
-            sys.exit(EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED)
-    # of a local chain `chainrun run` starts the next segment
+            return EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED
+    return EXIT_DONE  # of a local chain `chainrun run` starts the next segment
 
 
 def _end_workers() -> None:

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def prepare(
     override: bool = False,
     keep_code: bool = False,
     shipped: Shipped | None = None,
+    project: snapshot.Project | None = None,
 ) -> tuple[RunDir, str]:
     """Create the run directory of an experiment, or open it to go on.
 
@@ -46,6 +48,7 @@ def prepare(
         override: go on although the experiment has changed, and with the code as it is now.
         keep_code: go on with the frozen code, also where the run failed and the code has changed since.
         shipped: the function itself, where it is in no file that a job could import.
+        project: the code as it is now, where it is known.
 
     Returns:
         The run and ``new``, ``continued`` or ``done``.
@@ -58,7 +61,7 @@ def prepare(
     """
     run = RunDir(described.run_dir)
     if not run.experiment.exists():
-        create(run, described, _survey(described, base, shipped), shipped)
+        create(run, described, _survey(described, base, shipped, project), shipped)
         return run, "new"
     changes = experiment.diff(experiment.load(run.experiment), described)
     if changes and not override:
@@ -70,7 +73,8 @@ def prepare(
     if run.done.exists():
         return run, "done"
     _nobody_carries(run)
-    project = _changed_code(run, described, base, shipped, override=override, keep_code=keep_code)
+    look = partial(_survey, described, base, shipped, project)
+    project = _changed_code(run, look, shipped, override=override, keep_code=keep_code)
     run.create()
     if project is not None:
         _freeze(run, project, shipped)
@@ -106,20 +110,31 @@ def _nobody_carries(run: RunDir) -> None:
         )
 
 
-def _survey(described: Experiment, base: Path, shipped: Shipped | None) -> snapshot.Project:
+def survey(described: Experiment, base: Path) -> snapshot.Project | None:
+    """Look at the code as it is now, for many runs of it; None where it is not there any more."""
+    try:
+        return snapshot.survey(function.find_function(described, base), described.dir)
+    except ExperimentError:
+        if not RunDir(described.run_dir).frozen.exists():
+            raise
+        return None
+
+
+def _survey(
+    described: Experiment, base: Path, shipped: Shipped | None, project: snapshot.Project | None
+) -> snapshot.Project:
     """Look at the code as it is now; the function must be there, and take the arguments."""
     if shipped is not None:
         shipped.check_arguments(described.args)
         return snapshot.survey_folder(shipped.source, Path.cwd(), None, described.dir)
-    source = function.find_function(described, base)
+    source = project.source if project else function.find_function(described, base)
     function.check_arguments(source, described.args)
-    return snapshot.survey(source, described.dir)
+    return project or snapshot.survey(source, described.dir)
 
 
 def _changed_code(
     run: RunDir,
-    described: Experiment,
-    base: Path,
+    look: Callable[[], snapshot.Project],
     shipped: Shipped | None,
     *,
     override: bool,
@@ -128,7 +143,7 @@ def _changed_code(
     """Compare the code with what is frozen; return the project where it is to be frozen anew."""
     new = not run.frozen.exists()
     try:
-        project = _survey(described, base, shipped)
+        project = look()
     except ExperimentError as error:
         if new or (override and not keep_code):
             raise
