@@ -106,15 +106,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         key, equals, value = (part.strip() for part in text.partition("="))
         values = _grid(key, value) if equals else None
         if key == "parallel" and equals:
-            parallel, at_parallel = yamlfile.read(value, f"override {text}")[0], At({}, (f"override {text}",))
+            parallel, at_parallel = (
+                yamlfile.read(value, f"override {text}")[0],
+                At({("parallel",): f"override {text}"}, ("parallel",)),
+            )
         elif values is not None:
             key = key.removeprefix("sweep.")
-            axes[key] = _check(values, At({}, (f"override {text}", key)))
+            axes[key] = _check(values, At({(key,): f"override {text}"}, (key,)))
             single = [one for one in single if one.partition("=")[0].strip() != key]
         else:
             axes.pop(key, None)
             single.append(text)
-    if not isinstance(parallel, int | NoneType) or isinstance(parallel, bool) or (parallel or 1) < 1:
+    if (
+        not isinstance(parallel, int | NoneType)
+        or isinstance(parallel, bool)
+        or parallel == 0
+        or (parallel or 1) < 1
+    ):
         raise ExperimentError(
             f"{at_parallel}: found {show(parallel)}; allowed: a whole number, at least 1, or null"
         )
@@ -232,10 +240,10 @@ def _short(keys: list[str]) -> dict[str, str]:
 def _safe(value: Any) -> str:
     """Return a value as a part of a folder's name; different values have different names."""
     text = value if isinstance(value, str) else yamlfile.flow(value)
-    plain = re.sub(r"[^\w.+-]+", "-", text).strip("-")
+    plain = re.sub(r"[^\w.+-]+", "-", text)
     if plain == text and len(text) <= _LONGEST:
         return text
-    return f"{plain[:_LONGEST]}-{_digest(value)}".lstrip("-")
+    return f"{plain[:_LONGEST].strip('-')}-{_digest(value)}"
 
 
 def _digest(value: Any) -> str:

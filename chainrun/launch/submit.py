@@ -21,7 +21,7 @@ from chainrun.experiment import Experiment
 from chainrun.launch import slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
-from chainrun.rundir import RunDir, fsync_file, write_durably
+from chainrun.rundir import RunDir, fsync_file, is_group, write_durably
 from chainrun.segment import say
 from chainrun.shipped import Shipped, shipped_before
 
@@ -60,6 +60,10 @@ def prepare(
         ExperimentError: the function is missing, or its arguments do not fit.
     """
     run = RunDir(described.run_dir)
+    if is_group(run.path):
+        raise UsageError(
+            f"{run.path} is a group of runs, a sweep; choose another name or dir for a single run"
+        )
     if not run.experiment.exists():
         create(run, described, _survey(described, base, shipped, project), shipped)
         return run, "new"
