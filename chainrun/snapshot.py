@@ -34,7 +34,6 @@ from typing import Any
 
 import xxhash
 
-from chainrun import journal
 from chainrun.function import FunctionSource
 from chainrun.rundir import RunDir, fsync_dir, read_json, write_durably
 
@@ -133,7 +132,6 @@ def freeze(run: RunDir, project: Project) -> None:
     }
     write_durably(run.frozen, json.dumps(frozen, indent=1).encode())
     write_durably(run.environment, json.dumps(_environment(), indent=1).encode())
-    journal.record(run, "code", files=len(files), root=str(project.root), **project.git)
 
 
 def differences(run: RunDir, project: Project) -> list[str]:

@@ -85,7 +85,9 @@ def test_tracked_changed_and_new_files_are_frozen_and_data_is_linked(project):
     """Git's list is what is copied, with what can be imported beside it; the runs themselves are not."""
     prepare(project)
     (project / "big.bin").write_bytes(bytes(snapshot.LARGE + 1))
-    run, _ = submit.prepare(from_dict({"name": "two", "function": "train.py:train", "dir": "runs"}, project), project)
+    run, _ = submit.prepare(
+        from_dict({"name": "two", "function": "train.py:train", "dir": "runs"}, project), project
+    )
     frozen = json.loads(run.frozen.read_text())
     names = {".gitignore", "train.py", "helper.py", "new.py", "_version.py", "here.txt", "exp.yaml"}
     assert set(frozen["files"]) == names
@@ -182,7 +184,9 @@ def test_an_installed_package_is_not_copied_and_its_version_is_noted(tmp_path, m
     (site / "__init__.py").write_text("")
     (site / "train.py").write_text("def train(run):\n    pass\n")
     monkeypatch.syspath_prepend(str(site.parent))
-    described = from_dict({"name": "exp", "function": "mypkg.train:train", "dir": str(tmp_path / "runs")}, tmp_path)
+    described = from_dict(
+        {"name": "exp", "function": "mypkg.train:train", "dir": str(tmp_path / "runs")}, tmp_path
+    )
     run, _ = submit.prepare(described, tmp_path)
     frozen = json.loads(run.frozen.read_text())
     assert (frozen["files"], list(frozen["installed"])) == ({}, [str(site / "train.py")])

@@ -15,7 +15,7 @@ from chainrun.errors import ChainrunError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import cancel, local, slurm, submit
 from chainrun.lock import holder
-from chainrun.rundir import RunDir, read_json
+from chainrun.rundir import open_run, read_json
 from chainrun.shipped import Shipped, ship
 
 _GRACE = 30.0  # seconds that a job may be out of the queue without its end being written yet
@@ -26,11 +26,18 @@ class ChainFailed(ChainrunError):
 
 
 class Chain:
-    """A handle on one run, whoever carries it."""
+    """A handle on one run, whoever carries it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._run = RunDir(path)
+    Args:
+        path: the run directory.
+
+    Raises:
+        UsageError: there is no run there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._run = open_run(Path(path))
+        self.path = self._run.path
 
     @property
     def state(self) -> str:
@@ -76,17 +83,36 @@ class Chain:
                 raise TimeoutError(f"{self.path} is {state} after {timeout} s")
             time.sleep(0.5)
 
-    def result(self) -> Any:
-        """Wait for the run's end and return what the function returned.
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the run's end and return what the function returned, as JSON holds it.
+
+        Args:
+            timeout: seconds, None to wait as long as it takes.
 
         Raises:
-            ChainFailed: the run failed, was cancelled, or stopped.
+            ChainFailed: the run failed, was cancelled, or stopped; says why, and what goes on.
+            TimeoutError: it is still being carried.
         """
-        state = self.wait()
+        state = self.wait(timeout)
         if state == "done":
             return read_json(self._run.result)
-        why = (journal.last(self._run, "failed", "handoff", "cancel") or {}).get
-        raise ChainFailed(f"{self.path} is {state}: {why('error') or why('refused') or 'see chainrun logs'}")
+        raise ChainFailed(
+            f"{self.path} is {state}: {self._why(state)}; `chainrun logs {self.path}` shows all"
+        )
+
+    def _why(self, state: str) -> str:
+        halted = read_json(self._run.halted) or {}
+        if state == "stopped" and halted:
+            return f"{halted.get('why')}; to go on: {halted.get('command')}"
+        last = journal.last(self._run, "failed", "stop", "handoff", "cancel") or {}
+        if state == "cancelled" or last.get("event") == "cancel":
+            return "a person has cancelled it"
+        if last.get("event") == "stop":
+            return f"at step {last['step']}, with a checkpoint: {last['reason']}; the same call goes on"
+        return str(last.get("error") or last.get("refused") or "it was killed before it could save")
+
+    def __repr__(self) -> str:
+        return f"<Chain {self.path}: {self.state}>"
 
     def cancel(self) -> None:
         """Save and end the run for good."""
@@ -196,5 +222,6 @@ def run_chain(
     described, base, shipped = describe(function, args=args, name=name, **keys)
     run, how = submit.prepare(described, base, override=override, keep_code=frozen, shipped=shipped)
     if how != "done":
-        local.run_chain(run, described, interrupt_at, walltime, quiet=not sys.stderr.isatty())
+        shown = sys.stderr.isatty() or "ipykernel" in sys.modules  # a script's output is the script's
+        local.run_chain(run, described, interrupt_at, walltime, quiet=not shown)
     return Chain(run.path)

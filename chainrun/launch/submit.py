@@ -82,6 +82,7 @@ def prepare(
     run.create()
     if project is not None:
         _freeze(run, project, shipped)
+        _note_code(run, project)
     if changes:
         source = snapshot.frozen_source(run)
         assert source is not None
@@ -186,6 +187,10 @@ def _freeze(run: RunDir, project: snapshot.Project, shipped: Shipped | None) -> 
         raise UsageError(f"the code could not be frozen in {run.code}: {error}") from error
 
 
+def _note_code(run: RunDir, project: snapshot.Project) -> None:
+    journal.record(run, "code", files=len(project.files), root=str(project.root), **project.git)
+
+
 def create(
     run: RunDir,
     described: Experiment,
@@ -198,10 +203,12 @@ def create(
         project: what to freeze; without it the jobs import the function from where it is.
     """
     run.create()
+    if project is not None:
+        _freeze(run, project, shipped)
     journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
     fsync_file(run.journal)  # the id is for the run's whole life
     if project is not None:
-        _freeze(run, project, shipped)
+        _note_code(run, project)
     write_durably(run.experiment, experiment.to_yaml(described).encode())  # last: it makes this a run
 
 
