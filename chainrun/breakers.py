@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chainrun import journal
-from chainrun.experiment import ChainPolicy
 from chainrun.rundir import RunDir
+
+if TYPE_CHECKING:  # commands that only look need no YAML
+    from chainrun.experiment import ChainPolicy
 
 ENDS = ("stop", "failed", "done", "lost")
 FAILURES = 2  # on one node, after which the chain keeps away from it

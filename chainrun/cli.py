@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chainrun import __version__, inspect_runs
+from chainrun import __version__
 from chainrun.errors import EXIT_DONE, ChainrunError, UsageError
 
 if TYPE_CHECKING:
@@ -90,13 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "dirs", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs (default: runs)"
     )
-    status.set_defaults(command=lambda o: inspect_runs.status(o.dirs or [Path("runs")]))
+    status.add_argument("--watch", action="store_true", help="redraw every few seconds, until Ctrl-C")
+    status.add_argument("--json", action="store_true", help="print all of it as JSON, one object a run")
+    status.set_defaults(command=_status)
 
     logs = commands.add_parser("logs", help="the output of all segments")
     logs.add_argument("dir", type=Path, metavar="DIR")
     logs.add_argument("-f", "--follow", action="store_true", help="go on as the log grows, over handoffs too")
-    logs.add_argument("--rank", type=int, default=0, metavar="N")
-    logs.set_defaults(command=lambda o: inspect_runs.logs(o.dir, o.rank, follow=o.follow))
+    logs.add_argument("--rank", type=int, default=0, metavar="N", help="whose output (default 0)")
+    logs.add_argument("--segment", type=int, metavar="K", help="of this segment alone")
+    logs.add_argument("-n", "--lines", type=int, metavar="N", help="begin with the last N lines")
+    logs.set_defaults(command=_logs)
 
     show = commands.add_parser("show", help="a run's story, or what a checkpoint holds")
     show.add_argument("path", type=Path, metavar="DIR|CHECKPOINT")
@@ -252,7 +256,21 @@ def _already_done(path: Path) -> int:
     return EXIT_DONE
 
 
+def _status(options: argparse.Namespace) -> int:
+    from chainrun import status
+
+    return status.status(options.dirs or [Path("runs")], as_json=options.json, watch=options.watch)
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from chainrun import logs
+
+    what = {"segment": options.segment, "lines": options.lines}
+    return int(logs.logs(options.dir, rank=options.rank, follow=options.follow, **what))
+
+
 def _show(options: argparse.Namespace) -> int:
+    from chainrun import inspect_runs
     from chainrun.rundir import open_run, parse_checkpoint
 
     path = options.path.absolute().resolve()

@@ -53,6 +53,16 @@ def format_duration(seconds: float) -> str:
     return sign + (" ".join(parts) or "0s")
 
 
+def rough_duration(seconds: float) -> str:
+    """Write seconds for a glance, in its two largest units: `2d 3h`, `1h 30min`, `45s`."""
+    rest = max(0, round(seconds))
+    if rest >= 86_400:
+        rest = round(rest / 3600) * 3600
+    elif rest >= 600:
+        rest = round(rest / 60) * 60
+    return format_duration(rest)
+
+
 def _milliseconds(text: str) -> int | None:
     """Read every form that is allowed; None for any other text."""
     match = _DAYS_CLOCK.fullmatch(text) or _CLOCK.fullmatch(text) or (text and _PARTS.fullmatch(text))

@@ -9,7 +9,8 @@ Every message names the thing, what was found, what was expected and what to do:
     ├── RegisterError         an object given to `Run.register` or a loop that cannot be resumed exactly
     ├── CheckpointError       a checkpoint cannot be written, read or trusted
     │   └── DiskFullError     there is no space, or no quota, left for one
-    └── RestoreError          a checkpoint and the function that restores it do not fit
+    ├── RestoreError          a checkpoint and the function that restores it do not fit
+    └── RankFailed            another rank of the segment has failed, so that this one cannot go on
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class DiskFullError(CheckpointError):
 
 class RestoreError(ChainrunError):
     """A checkpoint and the function that restores it do not fit."""
+
+
+class RankFailed(ChainrunError):
+    """Another rank of the segment has failed; what it says is why the segment ends."""
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -245,6 +245,12 @@ class Experiment:
     """The resources of one job."""
     local: Local = Local()
     """The same chain on this machine."""
+    notify: Text | None = None
+    """Shell command that is run once when the chain ends, not at handoffs: when it has finished, failed, or stopped
+    (cancelled, halted by a limit, nobody to carry it on). It has 30 s, and is told by its environment: CHAINRUN_EVENT
+    (finished, failed or stopped), CHAINRUN_RUN (the directory), CHAINRUN_NAME, CHAINRUN_MESSAGE, CHAINRUN_STEP. What
+    goes wrong in it is noted in journal and log and harms nothing. A crash that kills a SLURM job without a word, the
+    chain's last one, cannot call it: slurm.extra with mail-type and mail-user lets SLURM itself write."""
 
     @property
     def run_dir(self) -> Path:

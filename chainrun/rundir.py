@@ -91,22 +91,31 @@ class RunDir:
         """The chain has stopped by itself: JSON with ``why`` and the ``command`` that goes on."""
         return self.path / "HALTED"
 
+    @property
+    def notified(self) -> Path:
+        """The experiment's ``notify`` was run for this end of the chain, or runs while the file is empty."""
+        return self.path / "NOTIFIED"
+
     def rendezvous(self, job: str, restart: int) -> Path:
         """Where rank 0 of one segment writes the address that the other ranks connect to."""
         return self.jobs / f"{job}_{restart}_rendezvous.json"
+
+    def claim(self, job: str, restart: int) -> Path:
+        """Made by the rank that hands a failed segment over, the first of those that failed."""
+        return self.jobs / f"{job}_{restart}_handoff"
 
     def checkpoint(self, step: int, repeat: int = 0) -> Path:
         """The directory of the checkpoint at `step`; `repeat` counts further boundaries at the same step."""
         return self.checkpoints / (f"step-{step:08d}" + (f".{repeat}" if repeat else ""))
 
     def logs(self, rank: int) -> list[Path]:
-        """The log files of one rank, oldest job first, standard output before standard error."""
+        """The log files of one rank, the job that wrote last behind the others, and its errors behind its output."""
         found = [*self.jobs.glob(f"*_{rank}_log.out"), *self.jobs.glob(f"*_{rank}_log.err")]
-        born = {path.name.split("_")[0]: 0.0 for path in found}
+        wrote = {path.name.split("_")[0]: 0.0 for path in found}
         for path in found:
             job = path.name.split("_")[0]
-            born[job] = max(born[job], path.stat().st_mtime)
-        return sorted(found, key=lambda p: (born[p.name.split("_")[0]], p.name.endswith(".err")))
+            wrote[job] = max(wrote[job], path.stat().st_mtime)
+        return sorted(found, key=lambda p: (wrote[p.name.split("_")[0]], p.name.endswith(".err")))
 
     def create(self) -> RunDir:
         """Create the directory and its folders.

@@ -13,26 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from chainrun import breakers, experiment, function, journal, snapshot
+from chainrun import breakers, experiment, function, journal, pace, snapshot
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
-from chainrun.errors import ChainrunError
+from chainrun.errors import ChainrunError, RankFailed
 from chainrun.lock import BEAT, Lock, Locked
 from chainrun.rundir import RunDir, read_json, write_durably
-from chainrun.training.stop import Pace, SegmentEnd, Signals
+from chainrun.training.pace import Pace
+from chainrun.training.stop import Lead, SegmentEnd, Signals
 
 if TYPE_CHECKING:
     from chainrun.training.run import Run
+
+
+LINE_EVERY = 60.0  # seconds between two lines in a job's log that say where the training is
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a segment ended."""
 
-    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost"]
+    kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost", "follows"]
     """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
     the run is done, failed or cancelled, or its chain has stopped. ``halted``: the chain must not go on by itself.
-    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone."""
+    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone.
+    ``follows``: another rank has failed, says so, and sees to what comes next."""
     reason: str = ""
     step: int = 0
     options: str = ""
@@ -74,8 +79,10 @@ def run_segment(
                 step=step,
                 reason=end.wish.reason,
                 unused_seconds=round(unused, 1) if unused < float("inf") else None,
+                lead={name: round(seconds, 3) for name, seconds in end.wish.lead.items()} or None,
             )
-            say(f"segment {segment.number} stops at step {step} ({end.wish.reason}), checkpoint committed")
+            why = end.wish.reason + (f", {Lead(**end.wish.lead)}" if end.wish.lead else "")
+            say(f"segment {segment.number} stops at step {step} ({why}), checkpoint committed")
         return Outcome("stopped", end.wish.reason, step)
     except Locked as error:  # the run is well, in other hands
         say(str(error))
@@ -99,6 +106,8 @@ class _Segment:
         self._retries = 0
         self._failed = False
         self._beaten = 0.0
+        self._early: list[str] | None = []  # said before the segment's first line, to be printed after it
+        self._rate, self._told = pace.Rate(), time.monotonic()
         self.training: Run | None = None
         self.number = 0
 
@@ -111,7 +120,7 @@ class _Segment:
             taken_over = self._lock.acquire()
             self._locked = True
             if taken_over:
-                say(f"took the lock over: {taken_over}")
+                self._say(f"took the lock over: {taken_over}")
             if allocation.scheduler == "slurm":
                 self._note_start(before or {})
                 trip = breakers.tripped(run, described.chain)
@@ -168,7 +177,7 @@ class _Segment:
             },
             environment=environment.facts(allocation, self._git(source)) if allocation.rank == 0 else {},
             may_write=lambda: not self._locked or self._lock.held(),
-            say=say if allocation.rank == 0 else lambda line: None,
+            say=self._say if allocation.rank == 0 else lambda line: None,
         )
         began = time.perf_counter()
         self.training = training = Run(run.path, setting=setting)
@@ -177,7 +186,7 @@ class _Segment:
         newest = training.restored_from
         if newest is not None and newest.manifest.get("ended"):  # killed between its last two acts
             return self._done(newest.manifest["result"])
-        if allocation.rank == 0:
+        if allocation.rank == 0:  # before the line in the log, whose reader asks the journal
             journal.record(
                 run,
                 "segment",
@@ -191,13 +200,12 @@ class _Segment:
                 checkpoint=newest and newest.path.name,
                 seconds=round(seconds, 3),
             )
-            if newest is None:
-                say(f"segment {self.number}: fresh start")
-            else:
-                say(
-                    f"segment {self.number}: resuming at step {training.global_step} from {newest.path.name} "
-                    f"(read and verified in {seconds:.2f} s)"
-                )
+        if newest is None:
+            first = "fresh start"
+        else:
+            first = f"resuming at step {training.global_step} from {newest.path.name} (read and verified in {seconds:.2f} s)"
+        self._begin(f"segment {self.number}: {first}")
+        if allocation.rank == 0:
             drift = environment.drift(newest.manifest["environment"], setting.environment) if newest else []
             drift += snapshot.installed_drift(run)
             if drift:
@@ -224,6 +232,19 @@ class _Segment:
         if frozen is not None:
             return frozen
         return snapshot.git_state(source.path.parent if source.path else self._run.path)
+
+    def _say(self, line: str) -> None:
+        """Print a line, or keep it until the segment's first one is printed."""
+        if self._early is None:
+            say(line)
+        else:
+            self._early.append(line)
+
+    def _begin(self, first: str | None) -> None:
+        """Print the segment's first line, and what had to wait for it."""
+        early, self._early = self._early or [], None
+        for line in ([] if first is None else [first]) + early:
+            say(line)
 
     def _note_start(self, holder: dict[str, Any]) -> None:
         """Record that this job has started, and that the one before was killed where it has not said how it ended.
@@ -276,12 +297,16 @@ class _Segment:
     def fail(self, error: BaseException) -> Outcome:
         """Record why, where the next reader looks: the journal, FAILED and this rank's log."""
         self._failed = True
+        self._begin(None)
         step = self.training.global_step if self.training else 0
         rank = self._allocation.rank
         if self._lock.lost():  # the orphan of a node that had failed: what it meets is not the run's
             why = f"another segment has taken over {self._run.path}; this one ends: {error}"
             say(why)
             return Outcome("locked", why, step)
+        if isinstance(error, RankFailed):
+            say(f"rank {rank} ends at step {step}: {error}")
+            return Outcome("follows", str(error), step)
         if isinstance(error, ChainrunError):
             text = message = str(error)
         else:
@@ -295,7 +320,7 @@ class _Segment:
         where = f"rank {rank} failed in segment {self.number} at step {step}: "
         say(where + text)
         # an error of the user's function may be the machine's; what chainrun refuses, it refuses again
-        retry = not isinstance(error, ChainrunError) and _failures(self._run) < self._retries
+        retry = not isinstance(error, ChainrunError) and _failures(self._run, self.number) < self._retries
         try:
             journal.record(
                 self._run,
@@ -325,8 +350,19 @@ class _Segment:
                 self._signals.terminated = (
                     True  # no more steps; the save at the stop finds the lock lost and ends it
                 )
+            self._report(now)
+
+    def _report(self, now: float) -> None:
+        """Print where the training is, now and then, from the side thread."""
+        assert self.training is not None
+        at = self.training.progress()
+        self._rate.note(now, at["step"])
+        if now - self._told >= LINE_EVERY:
+            self._told = now
+            say(f"segment {self.number}, {pace.line(at, self._rate.value)}")
 
     def close(self) -> None:
+        self._begin(None)
         if self.training is not None:
             self.training._close()
         if self._control is not None and not self._failed:
@@ -335,12 +371,12 @@ class _Segment:
             self._lock.release()
 
 
-def _failures(run: RunDir) -> int:
-    """Return how many segments have failed since a person last looked."""
+def _failures(run: RunDir, before: int) -> int:
+    """Return how many segments have failed since a person last looked, without one that fails on several ranks now."""
     failed: set[int] = set()
     for event in journal.events(run, "failed", "continue"):
         failed = failed | {event["segment"]} if event["event"] == "failed" else set()
-    return len(failed)
+    return len(failed - {before})
 
 
 def _plain(result: Any) -> Any:

@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-from slurm_cluster import slurm_cluster  # noqa: F401 a fixture
+from slurm_cluster import running, slurm_cluster  # noqa: F401 fixtures

@@ -1,6 +1,6 @@
-"""The fixture `slurm_cluster`: a real SLURM of two nodes for the tests of one pytest run.
+"""Real SLURMs for tests: the fixture `slurm_cluster`, and `beside`, for a test that mostly waits for one of its own.
 
-Use it from tests/conftest.py with `from slurm_cluster import slurm_cluster`. Where SLURM is not installed, tests
+Where SLURM is not installed, tests
 that ask for it are skipped, or fail if CHAINRUN_REQUIRE_SLURM=1 (as in CI, where a skip would hide a mistake).
 """
 
@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,17 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         answer = json.loads(done.stdout)
         return cls(answer["dir"], answer["conf"], answer["path"])
+
+    @classmethod
+    @contextmanager
+    def own(cls, *options: str) -> Iterator[Cluster]:
+        """Start the host's SLURM for this block alone, with signals that come soon."""
+        require_slurm()
+        cluster = cls.up("--fast-signals", *options)
+        try:
+            yield cluster
+        finally:
+            cluster.down()
 
     def down(self) -> None:
         """Stop it and check that this went well."""
@@ -118,3 +131,37 @@ def slurm_cluster() -> Iterator[Cluster]:
     cluster = Cluster.up("--fast-signals")
     yield cluster
     cluster.down()
+
+
+def beside(body: Callable[[Path], None]) -> Callable[[dict[str, Future[None]]], None]:
+    """Make a test of a body that mostly waits: it runs in a thread, from the group's first test on, beside the others.
+
+    The test itself waits for the body's end, and fails as it does. Keep such tests at the end of their module.
+
+    Args:
+        body: called with a folder of its own; starts its own clusters.
+    """
+
+    def test(running: dict[str, Future[None]]) -> None:
+        running[body.__name__].result()
+
+    test.__name__, test.__doc__ = body.__name__, body.__doc__
+    test.body = body  # type: ignore[attr-defined]
+    return test
+
+
+@pytest.fixture(scope="session")
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
+    """The bodies of all tests made by `beside` that are to run in this session, three at a time, the longest first."""
+    items = [item for item in request.session.items if hasattr(item.function, "body")]
+    items.sort(key=lambda item: ORDER.index(item.name) if item.name in ORDER else len(ORDER))
+    with ThreadPoolExecutor(3) as pool:
+        yield {
+            item.name: pool.submit(item.function.body, tmp_path_factory.mktemp("beside")) for item in items
+        }
+
+
+ORDER = (
+    "test_chains_are_exact_on_every_version_however_they_are_cut",
+    "test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_program",
+)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from chainrun import journal
+from chainrun.checkpoint import image
 from chainrun.checkpoint.public import Checkpoint
 from chainrun.checkpoint.store import Store
 from chainrun.checkpoint.writer import Alone
@@ -110,6 +113,49 @@ def test_a_stop_at_the_boundary_of_a_save_under_way_waits_for_it(tmp_path):
                     time.sleep(0.01)
     bench.run._close()
     assert bench.saved() == {2: 2.0}
+
+
+@pytest.mark.parametrize(("seconds", "both"), [(599.0, False), (1e6, True), (400.0, True)])
+def test_the_last_save_waits_for_the_one_under_way_if_there_is_time_for_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, both: bool
+) -> None:
+    """Else that one is given up, unless there is no time even for the last one alone: then it is the sooner safe."""
+    bench = Bench(tmp_path)
+    bench.gate.open.set()
+    saving = bench.run._saving
+    monkeypatch.setattr(image, "CHUNK", 1 << 12)
+    real: Callable[..., int] = os.pwrite
+    stopping = threading.Event()
+    written = []
+
+    def slow(*args: Any) -> int:
+        """Come to a halt in the middle of the file until the segment stops, and on until it is given up."""
+        written.append(args)
+        if len(written) == 12:
+            stopping.wait(30)
+            until = time.monotonic() + (0.2 if both else 30)
+            while not saving._progress.abandoned and time.monotonic() < until:
+                time.sleep(0.01)
+        return real(*args)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    with pytest.raises(SegmentEnd):
+        for index in bench.run.steps(9):
+            bench.step(index)
+            if index == 2:
+                saving._seconds = 500.0  # that a save takes
+                bench.run._watch._end = time.monotonic() + seconds
+                bench.run._setting.watch["signals"].terminated = True
+                bench.run._watch.start()
+                bench.run._watch._end = time.monotonic() + seconds
+                while not bench.run._watch.pending:
+                    time.sleep(0.01)
+                stopping.set()
+    bench.run._close()
+    assert bench.saved() == ({2: 2.0, 3: 3.0} if both else {3: 3.0})
+    unsaved = list(journal.events(RunDir(tmp_path), "unsaved"))
+    assert ["given up for the last checkpoint" in event["reason"] for event in unsaved] == [True] * (not both)
+    assert not list((tmp_path / "checkpoints").glob("*.tmp"))
 
 
 def test_a_save_that_fails_in_the_background_is_a_warning_and_is_made_again(tmp_path):

@@ -72,7 +72,7 @@ REFUSED = {
         rf"step-{{step}}.tmp could not be committed: {EIO}",
     ),
     "the making of its directory": (
-        failing("mkdir", "{step}.tmp", errno.EIO),
+        failing("change", "{step}.tmp", errno.EIO),
         rf"step-{{step}}.tmp could not be made: {EIO}",
     ),
     "every change": (failing("change", "/runs/", errno.EROFS), r"could not be \w+: Read-only file system"),

@@ -10,6 +10,7 @@ from chain import cut, digest, marks, sweep
 from test_loader import Noisy
 
 from chainrun.allocation import Allocation
+from chainrun.checkpoint import image, replicas
 from chainrun.training import environment, rng
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -134,3 +135,66 @@ def test_a_checkpoint_of_the_device_says_so() -> None:
     whole = cut(train)
     torch.cuda.manual_seed_all(0)
     assert whole.difference(cut(train, (2,))) is None
+
+
+def device_state(value: float) -> dict[str, torch.Tensor]:
+    small = {f"small{n}": torch.full((n + 1,), value + n, device="cuda") for n in range(300)}
+    large = {f"large{n}": torch.full((20_000_000,), value + n, device="cuda") for n in range(3)}
+    return {**small, **large, "cpu": torch.full((3,), value)}
+
+
+def test_what_was_staged_is_the_state_before_what_the_device_was_given_to_do_next(tmp_path: Any) -> None:
+    """Kernels that change the state right after the copy was asked for come after it; the memory is pinned once."""
+    staging = image.Staging()
+    state = device_state(0.0)
+    for value in (1.0, 2.0, 3.0):
+        for name, tensor in device_state(value).items():
+            state[name].copy_(tensor)
+        staging.stage(state)
+        assert staging._memory is not None
+        assert staging._memory._pinned
+        for tensor in state.values():
+            tensor.fill_(-1.0)
+        size, digest = image.write(tmp_path / "a.pt", staging)
+        loaded = image.read(tmp_path / "a.pt", size, digest)
+        expected = device_state(value)
+        assert all(torch.equal(loaded[name], expected[name].cpu()) for name in expected)
+
+
+def test_a_captured_graph_that_changes_the_state_waits_too(tmp_path: Any) -> None:
+    """Its replay calls no optimizer and no function of torch's on the CPU."""
+    state = torch.zeros(50_000_000, device="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        state.add_(1.0)
+    staging = image.Staging()
+    for value in range(3):
+        state.fill_(float(value))
+        staging.stage({"state": state})
+        for _ in range(5):
+            graph.replay()
+        image.write(tmp_path / "a.pt", staging)
+        assert torch.equal(image.read(tmp_path / "a.pt")["state"], torch.full((50_000_000,), float(value)))
+
+
+def test_the_last_save_of_a_device_is_whole(tmp_path: Any) -> None:
+    """Through the ring of pinned chunks."""
+    state = device_state(4.0)
+    size, digest = image.write(tmp_path / "a.pt", state)
+    loaded = image.read(tmp_path / "a.pt", size, digest)
+    assert all(torch.equal(loaded[name], state[name].cpu()) for name in state)
+
+
+def test_what_ranks_hold_alike_is_found_where_it_is() -> None:
+    """Equal tensors on the device have equal marks, one bit apart they have not; large and small."""
+    tree, other = ({"objects": device_state(5.0)} for _ in range(2))
+    assert replicas.marks(tree) == replicas.marks(other)
+    left = replicas.split(other, replicas.marks(tree))
+    assert {name for name, tensor in left["objects"].items() if tensor.is_meta} >= {"large0", "small299"}
+    other["objects"]["large1"].view(torch.int32)[12_345_678] ^= 1
+    other["objects"]["small299"].view(torch.int32)[-1] ^= 1
+    left = replicas.split(other, replicas.marks(tree))
+    meta = {name for name, tensor in left["objects"].items() if tensor.is_meta}
+    assert "large0" in meta
+    assert not meta & {"large1", "small299"}

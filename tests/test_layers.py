@@ -29,13 +29,27 @@ LAYERS = [
             "breakers",
             "lock",
             "allocation",
+            "pace",
         ],
     ),
     ("checkpoint", ["checkpoint.*"]),
     ("training", ["training.*"]),
     ("segment", ["segment"]),
     ("launching", ["launch.*"]),
-    ("commands", ["inspect_runs", "inspect_checkpoint", "demo", "cli", "__main__", "__init__"]),
+    (
+        "commands",
+        [
+            "status",
+            "status_of_one",
+            "logs",
+            "inspect_runs",
+            "inspect_checkpoint",
+            "demo",
+            "cli",
+            "__main__",
+            "__init__",
+        ],
+    ),
 ]
 
 
@@ -78,7 +92,7 @@ def test_imports_point_downwards(path: Path) -> None:
 def test_looking_commands_do_not_import_torch() -> None:
     """What status, logs and --help need is importable without torch, NumPy and submitit."""
     code = (
-        "import sys, chainrun.cli, chainrun.inspect_runs, chainrun.launch.submit, chainrun.launch.cancel;"
+        "import sys, chainrun.cli, chainrun.inspect_runs, chainrun.status_of_one, chainrun.logs, chainrun.launch.submit, chainrun.launch.cancel;"
         "print([m for m in ('torch', 'numpy', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partialmethod
@@ -17,6 +18,9 @@ import pytest
 from chainrun import experiment
 from chainrun import lock as module
 from chainrun.allocation import Allocation
+from chainrun.checkpoint import writer
+from chainrun.checkpoint.store import Store
+from chainrun.errors import CheckpointError
 from chainrun.launch import submit
 from chainrun.lock import STALE, Lock, Locked, holder
 from chainrun.rundir import RunDir
@@ -97,8 +101,9 @@ def test_a_pid_that_was_given_to_another_process_holds_nothing(run):
     assert Lock(run, "next", 0).acquire(wait=0) == f"process {os.getpid()} has ended"
 
 
-def test_a_holder_on_another_host_lives_as_long_as_its_heart_beats(run):
+def test_a_holder_on_another_host_lives_as_long_as_its_heart_beats(run, monkeypatch):
     """Its pid says nothing here: it is respected up to the age of its last beat, and taken over after that."""
+    monkeypatch.setattr(module, "LOOK", 0.0)
     write(run, host="elsewhere", pid=os.getpid(), time=time.time() - STALE + 10)
     assert holder(run)["alive"]
     with pytest.raises(Locked, match="job other on elsewhere"):
@@ -108,6 +113,56 @@ def test_a_holder_on_another_host_lives_as_long_as_its_heart_beats(run):
     lock = Lock(run, "next", 0)
     assert lock.acquire(wait=0) == f"no heartbeat for {STALE + 1:.0f} s"
     assert holder(run)["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("skew", [-3600, 3600])
+def test_a_clock_that_goes_wrong_elsewhere_neither_kills_a_holder_nor_keeps_it_alive(run, monkeypatch, skew):
+    """What counts is whether beats are seen to come: an hour's difference between two machines' clocks changes nothing."""
+    monkeypatch.setattr(module, "LOOK", 0.5)
+    monkeypatch.setattr(module, "STALE", 0.8)
+    over = threading.Event()
+
+    def beats() -> None:
+        while not over.wait(0.1):
+            write(run, host="elsewhere", time=time.time() + skew)
+
+    write(run, host="elsewhere", time=time.time() + skew)
+    thread = threading.Thread(target=beats)
+    thread.start()
+    lock = Lock(run, "next", 0)
+    with pytest.raises(Locked):
+        lock.acquire(wait=1.6)
+    over.set()
+    thread.join()
+    assert "no heartbeat" in lock.acquire(wait=60)
+
+
+def test_a_process_id_of_another_container_or_boot_says_nothing(run):
+    """Two containers may have one host name: the process that is missing here may well live there."""
+    write(run, machine="another boot", pid=2**22 + 1)
+    assert holder(run)["alive"]
+    with pytest.raises(Locked):
+        Lock(run, "next", 0).acquire(wait=0)
+
+
+def test_a_beat_that_comes_too_late_does_not_take_the_lock_back(run, monkeypatch):
+    """A holder that stands still in the middle of a beat, and is taken over, writes over nobody's lock."""
+    old = Lock(run, "old", 0)
+    old.acquire()
+    new = Lock(run, "old", 1)
+    write_at = os.pwrite
+
+    def late(*args) -> int:
+        monkeypatch.setattr(os, "pwrite", write_at)
+        assert new.acquire(wait=0) == "start 0 of this job has ended"
+        return write_at(*args)
+
+    monkeypatch.setattr(os, "pwrite", late)
+    old.beat(step=3)
+    assert new.held()
+    assert not old.held()
+    assert not old.beat(step=4)
+    assert holder(run)["restart"] == 1
 
 
 def test_a_beat_keeps_a_lock_alive_and_carries_the_progress(run):
@@ -152,6 +207,8 @@ def test_a_torn_lock_is_respected_for_a_moment_only(run):
     """Who creates a lock has not yet written it; what stays unreadable was left by a crash."""
     for torn in ("", '{"job": "x", "ho', "[]", "null"):
         run.lock.write_text(torn)
+        soon = time.time() + 3600  # however long this test is kept waiting
+        os.utime(run.lock, (soon, soon))
         with pytest.raises(Locked):
             Lock(run, "next", 0).acquire(wait=0)
         assert not (holder(run) or {}).get("alive")
@@ -197,3 +254,43 @@ def test_a_segment_that_finds_the_run_held_leaves_it_alone(run, keeper, monkeypa
     assert not run.failed.exists()
     assert run.journal.read_text() == before
     assert holder(run)["pid"] == keeper.pid
+
+
+@pytest.mark.parametrize("first", ["the old start", "the new start"])
+def test_a_start_that_was_taken_over_right_before_its_commit_commits_nothing_more(run, first):
+    """The lock is still its own when it looks, and is not when it commits: the new start has taken that place away.
+
+    What it has committed before the new start looks is what the new one goes on from: never two futures.
+    """
+    old, new = Lock(run, "7", 0), Lock(run, "7", 1)
+    stores = {lock: Store(run, f"7-{number}") for number, lock in enumerate((old, new))}
+    found = []
+
+    def save(lock: Lock, step: int, hold=lambda: None) -> None:
+        tree, about = {"objects": {}, "state": {}}, {"restart": lock._me["restart"]}
+        writer.save(stores[lock], writer.Alone(), step, writer.ready(tree), about, hold=hold)
+
+    def taken_over() -> None:
+        assert old.held()  # the old start's last look; here its machine stands still
+        if first == "the new start":
+            new.acquire(wait=0)
+            stores[new].clean()
+            found.append(stores[new].newest())
+            save(new, 5)
+
+    old.acquire()
+    if first == "the old start":
+        save(old, 5, taken_over)
+        new.acquire(wait=0)
+        stores[new].clean()
+        found.append(stores[new].newest())
+        assert found[0].step == 5
+    else:
+        with pytest.raises(CheckpointError, match="No such file"):
+            save(old, 5, taken_over)
+        assert found == [None]
+    (committed,) = Store(run).committed()
+    assert Store(run).flaw(committed) is None
+    assert committed.manifest["restart"] == (first == "the new start")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000005"]
+    assert not old.held()

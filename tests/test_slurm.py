@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, beside
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import fingerprint
 
-pytestmark = pytest.mark.slurm
+# in one group, so that what `beside` starts runs beside the others; `running` starts it
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm"), pytest.mark.usefixtures("running")]
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -94,40 +96,6 @@ def assert_same(chain: Chain, reference: Path, ranks: int = 1) -> None:
         assert mine == fingerprint.read(reference.with_suffix(f".{rank}"))
 
 
-def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_program(slurm_cluster, tmp_path):
-    """Jobs with a one-minute limit are cut by it at least twice and requeued, and nothing shows in the bits."""
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    # 120 steps of more than a second: more than two walltimes, on the fastest machine too
-    one = Chain(slurm_cluster, tmp_path / "one", args={"epochs": 10, "nap": 1.05}, slurm={"time": "1min"})
-    two = Chain(
-        slurm_cluster,
-        tmp_path / "two",
-        args={"epochs": 20, "nap": 1.05},
-        slurm={"time": "1min", "nodes": 2, "tasks_per_node": 1},
-    )
-    for chain in (one, two):
-        chain.submit()
-    references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
-    for chain in (one, two):
-        chain.wait_done(400)
-    for chain, reference, ranks in ((one, references[0], 1), (two, references[1], 2)):
-        assert_same(chain, reference, ranks)
-        segments = chain.events("segment")
-        assert len(segments) >= 3
-        assert [s["restart"] for s in segments] == list(range(len(segments)))
-        assert {s["world_size"] for s in segments} == {ranks}
-        assert {s["reason"] for s in chain.events("stop")} == {"walltime"}
-        assert {h["how"] for h in chain.events("handoff")} == {"requeue"}
-        metrics = [json.loads(line) for line in (chain.run / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
-        print("unused walltime:", [s["unused_seconds"] for s in chain.events("stop")])
-    log = one.command("logs", str(one.run))
-    assert "segment 1: fresh start" in log
-    assert "segment 3: resuming at step" in log
-    assert "done" in one.command("status", str(one.run))
-
-
 def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):
     """A restart of a finished run does nothing and exits with 0."""
     chain = Chain(slurm_cluster, tmp_path, args={"epochs": 1}, slurm={"time": "5min"})
@@ -145,7 +113,14 @@ def test_a_job_that_finds_the_run_done_leaves_at_once(slurm_cluster, tmp_path):
 def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(slurm_cluster, tmp_path):
     """A cancelled run is saved, not requeued; submitted again it ends as if nothing had happened."""
     reference = plain(tmp_path, 5)
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 5, "nap": 0.25}, slurm={"time": "5min"})
+    told = tmp_path / "told"
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 5, "nap": 0.25},
+        slurm={"time": "5min"},
+        notify=f'echo "$CHAINRUN_EVENT: $CHAINRUN_MESSAGE" >> {told}',
+    )
     job = chain.submit()
     chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
     slurm_cluster.run("scancel", job)
@@ -158,7 +133,12 @@ def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(s
     job = chain.submit()
     chain.wait(lambda: len(chain.events("segment")) == 2, 60, "the second segment")
     time.sleep(2)
+    before = (
+        told.read_text().splitlines() if told.exists() else []
+    )  # SLURM may have killed the job before it could
     assert "is cancelled" in chain.command("cancel", str(chain.run))
+    (line,) = told.read_text().splitlines()[len(before) :]
+    assert line.startswith("stopped: the run was cancelled")
     assert chain.events("stop")[-1]["reason"] == "cancelled"
     assert "cancelled" in chain.command("status", str(chain.run))
 
@@ -169,13 +149,20 @@ def test_scancel_and_cancel_stop_the_chain_for_good_and_submit_goes_on_exactly(s
 
 def test_a_function_that_raises_fails_the_run_with_its_traceback(slurm_cluster, tmp_path):
     """The job fails, nothing is requeued, and the journal and the log hold the user's own frames."""
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 2, "fail_at": 3}, slurm={"time": "5min"})
+    chain = Chain(
+        slurm_cluster,
+        tmp_path,
+        args={"epochs": 2, "fail_at": 3},
+        slurm={"time": "5min"},
+        notify=f'echo "$CHAINRUN_EVENT: $CHAINRUN_MESSAGE" >> {tmp_path}/told',
+    )
     job = chain.submit()
     chain.wait((chain.run / "FAILED").exists, 60, "the failure")
     slurm_cluster.wait_job(job, {"FAILED"}, 30)
     failed = chain.events("failed")[-1]
     assert failed["error"] == "ValueError: planted at step 3"
     assert "chained.py" in failed["traceback"]
+    assert (tmp_path / "told").read_text() == "failed: ValueError: planted at step 3\n"
     assert "planted at step 3" in chain.command("logs", str(chain.run))
     assert "failed" in chain.command("status", str(chain.run))
 
@@ -197,44 +184,6 @@ def test_a_chain_ends_when_a_limit_of_its_own_is_reached(slurm_cluster, tmp_path
     assert chain.events("stop")[-1]["reason"] == "signal"
     assert "max_segments is 1" in chain.events("handoff")[-1]["refused"]
     assert "to go on: chainrun submit" in chain.command("logs", str(chain.run))
-
-
-def test_a_refused_requeue_falls_through_to_a_new_job(slurm_cluster, tmp_path):
-    """Where the job may not be requeued, a new one goes on, and the reason is in the journal."""
-    reference = plain(tmp_path, 4)
-    chain = Chain(slurm_cluster, tmp_path, args={"epochs": 4, "nap": 0.25}, slurm={"time": "5min"})
-    first = chain.submit()
-    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
-    slurm_cluster.run("scontrol", "update", f"JobId={first}", "Requeue=0")
-    slurm_cluster.run("scancel", "--signal=USR2", first)
-    chain.wait_done(90)
-    assert_same(chain, reference)
-    refused, done = [e for e in chain.events("handoff") if "refused" in e or e["how"] == "resubmit"]
-    assert "disabled" in refused["refused"]
-    assert chain.events("segment")[-1]["job"] == done["job"] != first
-    assert slurm_cluster.job(first)["JobState"] == "COMPLETED"
-
-
-def test_a_job_submitted_ahead_goes_on_and_none_is_left_over(slurm_cluster, tmp_path):
-    """With handoff: ahead the next job waits in the queue from the start; the surplus one is cancelled."""
-    reference = plain(tmp_path, 4)
-    chain = Chain(
-        slurm_cluster,
-        tmp_path,
-        args={"epochs": 4, "nap": 0.25},
-        chain={"handoff": "ahead"},
-        slurm={"time": "5min"},
-    )
-    first = chain.submit()
-    chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
-    assert len(chain.events("submitted")) == 2
-    slurm_cluster.run("scancel", "--signal=USR2", first)
-    chain.wait_done(90)
-    assert_same(chain, reference)
-    assert [e["how"] for e in chain.events("handoff")] == ["ahead"]
-    jobs = [e["job"] for e in chain.events("submitted")]
-    assert [e["job"] for e in chain.events("segment")] == jobs[:2]
-    slurm_cluster.wait_job(jobs[2], {"CANCELLED"}, 30)
 
 
 def test_a_chain_submitted_from_python_gives_its_result(slurm_cluster, tmp_path):
@@ -316,3 +265,100 @@ def test_a_sweep_of_frozen_code_runs_point_after_point(slurm_cluster, tmp_path):
     ended = json.loads((points[0] / "journal.jsonl").read_text().splitlines()[-1])
     assert ended["event"] == "done"
     assert ended["time"] <= submitted[1][0] < submitted[2][0]
+
+
+# ---- these wait for minutes, beside the others
+
+
+@beside
+def test_walltimes_cut_one_process_and_two_nodes_and_both_equal_the_plain_program(tmp_path):
+    """Jobs with a one-minute limit are cut by it at least twice and requeued, and nothing shows in the bits."""
+    with Cluster.own() as cluster:
+        (tmp_path / "one").mkdir()
+        (tmp_path / "two").mkdir()
+        # 120 steps of more than a second: more than two walltimes, on the fastest machine too
+        one = Chain(
+            cluster,
+            tmp_path / "one",
+            args={"epochs": 10, "nap": 1.05},
+            slurm={"time": "1min"},
+            notify=f'echo "$CHAINRUN_EVENT at $CHAINRUN_STEP: $CHAINRUN_MESSAGE" >> {tmp_path}/told',
+        )
+        two = Chain(
+            cluster,
+            tmp_path / "two",
+            args={"epochs": 20, "nap": 1.05},
+            slurm={"time": "1min", "nodes": 2, "tasks_per_node": 1},
+        )
+        for chain in (one, two):
+            chain.submit()
+        follow = [sys.executable, "-m", "chainrun", "logs", "-f", "--rank", "1", str(two.run)]
+        with open(tmp_path / "followed", "w") as file:
+            follower = subprocess.Popen(follow, stdout=file, stderr=file)
+        references = plain(tmp_path / "one", 10), plain(tmp_path / "two", 20, ranks=2)
+        for chain in (one, two):
+            chain.wait_done(400)
+        for chain, reference, ranks in ((one, references[0], 1), (two, references[1], 2)):
+            assert_same(chain, reference, ranks)
+            segments = chain.events("segment")
+            assert len(segments) >= 3
+            assert [s["restart"] for s in segments] == list(range(len(segments)))
+            assert {s["world_size"] for s in segments} == {ranks}
+            assert {s["reason"] for s in chain.events("stop")} == {"walltime"}
+            assert {h["how"] for h in chain.events("handoff")} == {"requeue"}
+            metrics = [json.loads(line) for line in (chain.run / "metrics.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+            saves = {event["step"]: event["seconds"] for event in chain.events("checkpoint")}
+            for stop in chain.events("stop")[1:]:  # the first one learns
+                assert stop["unused_seconds"] < saves[stop["step"]] + stop["lead"]["gap"] + 15
+                assert stop["unused_seconds"] <= stop["lead"]["seconds"]
+        log = one.command("logs", str(one.run))
+        assert "segment 1: fresh start" in log
+        assert "segment 3: resuming at step" in log
+        assert follower.wait(30) == 0
+        rank_1 = two.command("logs", str(two.run), "--rank", "1")
+        followed = (tmp_path / "followed").read_text().removesuffix("chainrun: the run is done\n")
+        said, shown = (
+            [
+                line for line in text.splitlines() if not line.startswith("submitit INFO")
+            ]  # may come after the end
+            for text in (rank_1, followed)
+        )
+        assert said == shown
+        for chain, text in ((one, log), (two, rank_1)):
+            marks = [line for line in text.splitlines() if line.startswith("────")]
+            assert len(marks) == len(chain.events("segment"))
+            for mark, start, stop in zip(
+                marks[1:], chain.events("segment")[1:], chain.events("stop"), strict=True
+            ):
+                assert mark.startswith(f"──── segment {start['segment']} · job {start['job']} on ")
+                assert mark.endswith(f"the one before: walltime at step {stop['step']}, requeued ────")
+        assert "done" in one.command("status", str(one.run))
+        segments = len(one.events("segment"))
+        one.wait(lambda: one.events("notified"), 30, "the notification")
+        told = (tmp_path / "told").read_text()
+        assert told == f"finished at 120: done after 120 steps and {segments} segments\n"
+
+
+@beside
+def test_a_job_submitted_ahead_goes_on_and_none_is_left_over(tmp_path):
+    """With handoff: ahead the next job waits in the queue from the start; the surplus one is cancelled."""
+    with Cluster.own() as cluster:
+        reference = plain(tmp_path, 4)
+        chain = Chain(
+            cluster,
+            tmp_path,
+            args={"epochs": 4, "nap": 0.25},
+            chain={"handoff": "ahead"},
+            slurm={"time": "5min"},
+        )
+        first = chain.submit()
+        chain.wait(lambda: (chain.trace.with_suffix(".0")).exists(), 60, "the first step")
+        assert len(chain.events("submitted")) == 2
+        cluster.run("scancel", "--signal=USR2", first)
+        chain.wait_done(90)
+        assert_same(chain, reference)
+        assert [e["how"] for e in chain.events("handoff")] == ["ahead"]
+        jobs = [e["job"] for e in chain.events("submitted")]
+        assert [e["job"] for e in chain.events("segment")] == jobs[:2]
+        cluster.wait_job(jobs[2], {"CANCELLED"}, 30)

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, require_slurm
+from slurm_cluster import Cluster, beside, require_slurm
 from test_slurm import Chain, assert_same, plain
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 
 VERSIONS = ("host", "trixie", "sid")  # bookworm has what the host has in CI
 LATER = ("trixie",)  # one version saves time, and 22.05 does not requeue by itself what a newer SLURM does
@@ -108,7 +108,9 @@ def check(name: str, chain: Chain) -> None:
     elif name == "refused":  # a new job goes on, and what SLURM said is in the journal
         assert hows(chain) == ["requeue", "resubmit"]
         assert any("disabled" in event.get("refused", "") for event in chain.events("handoff"))
-        assert len({segment["job"] for segment in segments}) == 2
+        first, second = [segment["job"] for segment in segments]
+        assert chain.events("handoff")[-1]["job"] == second != first
+        assert chain.cluster.job(first)["JobState"] == "COMPLETED"
     elif (
         name == "preempted"
     ):  # the warning moves the job's end, and the segment trains until shortly before that
@@ -121,14 +123,15 @@ def check(name: str, chain: Chain) -> None:
         assert stops == ["terminated"]
         assert hows(chain) == ["requeue"]
         assert restarts == [0, 1]
-    elif (
-        name == "twice"
-    ):  # SLURM requeued the job that had resubmitted: its second handoff uses the same new job
-        assert hows(chain) == ["resubmit", "resubmit"]
+    elif name == "twice":
+        # SLURM may requeue the job that has submitted another: then that one, which waits, goes on after it
+        first, second = segments[:2]
+        assert hows(chain) == ["resubmit", "ahead" if second["job"] == first["job"] else "resubmit"]
         carried = {segment["job"] for segment in segments}
         assert len({event["job"] for event in chain.events("submitted")} - carried) <= 1
 
 
+@beside
 def test_chains_are_exact_on_every_version_however_they_are_cut(tmp_path: Path) -> None:
     """Cut by a walltime, a refused requeue or preemptions, a run ends and equals the plain program."""
 
@@ -140,7 +143,7 @@ def test_chains_are_exact_on_every_version_however_they_are_cut(tmp_path: Path) 
         finally:
             situation.cluster.down()
 
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(5) as pool:
         reference = pool.submit(plain, tmp_path, EPOCHS)
         carried = {
             (version, name): pool.submit(carry, version, name)

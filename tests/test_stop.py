@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from chainrun.training.stop import Pace, Signals, Watch, Wish
+from chainrun.training.pace import Pace
+from chainrun.training.stop import Lead, Signals, Watch, Wish
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -43,6 +44,7 @@ class Bench:
             "every": None,
             "lead": None,
             "passed": lambda: self.boundary,
+            "step": lambda: self.boundary,
             "first_save": lambda: 2.0,
             "saving": lambda: False,
             "beat": lambda: None,
@@ -72,7 +74,7 @@ class Bench:
 def test_the_clock_stops_in_time_for_a_step_a_save_and_a_margin(tmp_path):
     """Four hours are used up to the learned step and save time, and not a minute less."""
     bench = Bench(tmp_path, limit=4 * 3600)
-    assert bench.train(4 * 3600, step=10.0) == Wish("stop", "walltime")
+    assert bench.train(4 * 3600, step=10.0).reason == "walltime"
     assert 10 + 2 < bench.watch.time_left() < 60
 
 
@@ -81,7 +83,7 @@ def test_a_warning_up_to_a_minute_early_does_not_end_the_segment_early(tmp_path)
     bench = Bench(tmp_path, limit=600)
     assert bench.train(510, step=1.0) is None
     bench.signals.warned = True
-    assert bench.train(600, step=1.0) == Wish("stop", "walltime")
+    assert bench.train(600, step=1.0).reason == "walltime"
     assert bench.watch.time_left() < 25
 
 
@@ -106,7 +108,7 @@ def test_a_preemption_that_shortens_the_end_is_noticed_at_its_warning(tmp_path):
     assert bench.train(30, step=1.0) is None
     bench.end = bench.clock.wall() + 20
     bench.signals.warned = True
-    assert bench.train(20, step=1.0) == Wish("stop", "walltime")
+    assert bench.train(20, step=1.0).reason == "walltime"
     assert bench.watch.time_left() > 2
 
 
@@ -116,23 +118,84 @@ def test_a_limit_changed_while_running_is_noticed(tmp_path):
     bench.end += 3600
     assert bench.train(1200, step=1.0) is None
     bench.end -= 3600 - 900
-    assert bench.train(400, step=1.0) == Wish("stop", "walltime")
+    assert bench.train(400, step=1.0).reason == "walltime"
 
 
 def test_a_jump_of_the_wall_clock_does_not_move_the_deadline(tmp_path):
     """Between two readings of the end only the monotonic clock counts."""
     bench = Bench(tmp_path, limit=50)
     bench.clock.jump -= 7200
-    assert bench.train(50, step=1.0) == Wish("stop", "walltime")
+    assert bench.train(50, step=1.0).reason == "walltime"
 
 
 def test_a_long_evaluation_between_steps_makes_the_lead_longer(tmp_path):
     """The longest gap between two boundaries has to fit in before the end."""
     bench = Bench(tmp_path, limit=4 * 3600)
     bench.train(100, step=1.0)
-    short = bench.watch.lead()
+    short = bench.watch.lead().seconds
     bench.train(300, step=300.0)
-    assert bench.watch.lead() > short + 300
+    assert bench.watch.lead().seconds > short + 300
+
+
+def epochs(
+    bench: Bench, count: int, *, steps: int = 100, evaluation: float = 300.0, step: float = 1.0
+) -> Wish | None:
+    """Let epochs go by, a long evaluation after each; return the first wish, at whatever boundary."""
+    for _ in range(count):
+        if wish := bench.train(steps * step, step) or bench.train(evaluation, evaluation + step):
+            return wish
+    return None
+
+
+def test_an_evaluation_that_comes_regularly_counts_only_where_it_comes_next(tmp_path):
+    """Once its rhythm is known, the training goes on until a step no longer fits, or until the next evaluation does not."""
+    bench = Bench(tmp_path, limit=4 * 3600)
+    assert epochs(bench, 4) is None
+    assert bench.watch.lead().seconds < 30
+    assert bench.train(95, step=1.0) is None
+    assert bench.watch.lead().seconds < 30
+    bench.train(4, step=1.0)
+    assert bench.watch.lead().seconds > 300  # the evaluation is next
+
+    bench.end = bench.clock.wall() + 250  # it does not fit in any more
+    bench.watch._read_end()
+    assert bench.look().reason == "walltime"
+
+
+def test_between_two_evaluations_a_segment_uses_its_time_to_the_last_step(tmp_path):
+    """What is left at the stop is less than a save, a step and 15 s, however long the evaluations are."""
+    bench = Bench(tmp_path, limit=36 * 401 + 70)
+    assert epochs(bench, 40).reason == "walltime"
+    save, step = 2.0, 1.0
+    assert 1.5 * save < bench.watch.time_left() < save + step + 15 + 1.1
+
+
+def test_an_evaluation_out_of_its_rhythm_may_come_at_any_time(tmp_path):
+    """When the expected one has not come, the lead is that for an evaluation that comes next, until a new rhythm is seen."""
+    bench = Bench(tmp_path, limit=40 * 3600)
+    epochs(bench, 4)
+    bench.train(102, step=1.0)
+    assert bench.watch.lead().seconds > 300
+    epochs(bench, 1)
+    epochs(bench, 4, steps=50)
+    assert bench.watch.lead().seconds < 30
+
+
+def test_a_pause_much_longer_than_any_before_is_not_taken_for_an_evaluation(tmp_path):
+    """A filesystem that hung once for longer than all evaluations counts as what may happen again."""
+    bench = Bench(tmp_path, limit=40 * 3600)
+    epochs(bench, 4)
+    bench.train(1000, step=1000.0)
+    assert bench.watch.lead().seconds > 1000
+
+
+def test_the_lead_says_what_it_is_for(tmp_path):
+    """A reader of the journal sees why a segment stopped when it did."""
+    bench = Bench(tmp_path, limit=3600)
+    wish = bench.train(3600, step=10.0)
+    assert "11 s for what comes before the next boundary" in str(Lead(**wish.lead))
+    wish = Bench(tmp_path, limit=60, lead=20.0).train(60, step=1.0)
+    assert "20 s before the end, as configured" in str(Lead(**wish.lead))
 
 
 def test_warm_up_before_the_first_boundary_is_no_gap(tmp_path):
@@ -141,7 +204,7 @@ def test_warm_up_before_the_first_boundary_is_no_gap(tmp_path):
     bench.clock.now += 600
     bench.look()
     bench.train(10, step=1.0)
-    assert bench.watch.lead() < 30
+    assert bench.watch.lead().seconds < 30
 
 
 def test_the_term_signal_and_the_stop_file_end_the_segment_at_once(tmp_path):
@@ -247,16 +310,16 @@ def test_all_ranks_settle_on_one_boundary_in_any_interleaving(tmp_path, seed):
 
 
 def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
-    """Timed saves and walltimes cut three uneven ranks at common steps; each goes on exactly."""
+    """Timed saves and a cut come at common steps of three uneven ranks; each goes on exactly."""
     described = {
         "function": f"{PROGRAMS / 'uneven.py'}:train",
         "dir": str(tmp_path / "runs"),
         "args": {"steps": 60, "trace": str(tmp_path / "trace")},
         "checkpoint": {"every": "1s"},
-        "local": {"tasks": 3, "walltime": "9s"},
+        "local": {"tasks": 3},
     }
     results = {}
-    for name, cuts in (("cut", ["--interrupt-at", "40"]), ("whole", ["--walltime", "10min"])):
+    for name, cuts in (("cut", ["--interrupt-at", "40"]), ("whole", [])):
         described["args"]["trace"] = str(tmp_path / name)
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps({"name": name, **described}))

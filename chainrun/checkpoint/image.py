@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 import xxhash
 
-from chainrun.checkpoint import source
+from chainrun.checkpoint import device, memory, recycled, source
 from chainrun.checkpoint.layout import Content, Planner
 from chainrun.checkpoint.source import digest
 from chainrun.checkpoint.state import nbytes
 from chainrun.errors import CheckpointError
 
-__all__ = ["CHUNK", "RING", "Staging", "digest", "digests", "read", "reason", "said", "write"]
+__all__ = ["CHUNK", "RING", "Progress", "Staging", "digest", "digests", "read", "reason", "said", "write"]
 
 CHUNK = 16 << 20
 RING = 4
@@ -47,29 +48,65 @@ _memmove = ctypes.PyDLL(None).memmove
 _memmove.argtypes, _memmove.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), None
 
 
-def write(path: Path, tree: Any, planner: Planner | None = None) -> tuple[int, str]:
+class Progress:
+    """How far the writing of a file has come: told by the thread that writes, looked at by another one."""
+
+    def __init__(self) -> None:
+        self.abandoned = False
+        """Set by whoever has no time for it: the writing ends at the next chunk, with an error."""
+        self._began = time.perf_counter()
+        self._share = 0.0
+
+    def tell(self, share: float) -> None:
+        """Say how much of the file is on the disk.
+
+        Raises:
+            CheckpointError: it is not wanted any more.
+        """
+        self._share = share
+        if self.abandoned:
+            raise CheckpointError("given up for the last checkpoint, for which there would have been no time")
+
+    def left(self, whole: float = 0.0) -> float:
+        """Return the seconds that the rest takes at the pace so far.
+
+        Args:
+            whole: what a save like this took before; it is what counts as long as nothing is on the disk.
+        """
+        taken = time.perf_counter() - self._began
+        if self._share:
+            return taken * (1 - self._share) / self._share
+        return max(0.0, whole - taken) if whole else float("inf")
+
+
+def write(
+    path: Path, tree: Any, planner: Planner | None = None, progress: Progress | None = None
+) -> tuple[int, str]:
     """Write a tree of tensors and plain data durably; return the file's size in bytes and its xxh3_128.
 
     Args:
         tree: or a `Staging`: what was staged last.
         planner: keeps what it found out about the tree for the next one like it.
+        progress: is told how far it is.
 
     Raises:
         CheckpointError: the file cannot be written: full disk, quota, permission, or a tensor that torch
             cannot save.
     """
     needed = 0
+    progress = progress or Progress()
     try:
         if isinstance(tree, Staging):
             with tree.lock:
                 needed = tree.size
                 if not needed:
                     raise ValueError("nothing is staged")
-                return _write(path, needed, tree.chunk)
+                tree.complete()
+                return _write(path, needed, tree.chunk, progress)
         needed = nbytes(tree)
         content = (planner or Planner()).content(tree)
         needed = content.size
-        return _write(path, needed, _Ring(content).chunk)
+        return _write(path, needed, _Ring(content).chunk, progress)
     except Exception as error:
         with contextlib.suppress(OSError):
             path.unlink()  # what is free without it is what the message tells
@@ -95,7 +132,9 @@ def digests(tree: Any) -> list[str]:
 # ---- from memory to disk -----------------------------------------------------------------------
 
 
-def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tuple[int, str]:
+def _write(
+    path: Path, size: int, chunk: Callable[[int, int], memoryview], progress: Progress
+) -> tuple[int, str]:
     """Write a file, a chunk at a time.
 
     Args:
@@ -115,6 +154,7 @@ def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tu
                 for begin in range(0, size, CHUNK):
                     if len(under_way) == RING:
                         _wait(under_way.popleft())
+                    progress.tell(max(0, begin - RING * CHUNK) / size)
                     end = min(begin + CHUNK, size)
                     pages = chunk(begin, end)
                     under_way.append(
@@ -125,6 +165,7 @@ def _write(path: Path, size: int, chunk: Callable[[int, int], memoryview]) -> tu
                     )
                 while under_way:
                     _wait(under_way.popleft())
+        progress.tell(1.0)
         os.ftruncate(file, size)
         os.fsync(file)
     finally:
@@ -138,6 +179,12 @@ def _wait(futures: tuple[Future[None], Future[None]]) -> None:
 
 
 def _open(path: Path) -> int:
+    """Open a file to be written; its content is written over where it may be."""
+    again = recycled.opened(path)
+    if again is not None:
+        return again
+    if path.exists():
+        path.unlink()  # others have it open, or it bears another name too
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(path, flags | os.O_DIRECT, 0o666)
@@ -164,36 +211,45 @@ def _pwrite(file: int, pages: memoryview, at: int) -> None:
 # ---- from tensors to memory --------------------------------------------------------------------
 
 
-def _allocate(size: int) -> mmap.mmap:
-    """Return zeroed memory of this process alone, on whole pages, large ones where the system has them."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_DONTFORK)  # or each page would be copied after the fork of a loader's worker
-        if size >= _HUGE:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+class _Memory:
+    """Zeroed memory of this process alone, on whole pages, large ones where the system has them."""
 
+    def __init__(self, size: int) -> None:
+        self.pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            self.pages.madvise(
+                mmap.MADV_DONTFORK
+            )  # or each page would be copied after the fork of a loader's worker
+            if size >= _HUGE:
+                self.pages.madvise(mmap.MADV_HUGEPAGE)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.pages))
+        self._pinned: bool | None = None
 
-def _address(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def pin(self) -> None:
+        """Let devices copy into it directly; it is asked for once."""
+        if self._pinned is None:
+            self._pinned = device.pin(self.address, len(self))
+
+    def __del__(self) -> None:
+        if self._pinned:
+            device.unpin(self.address)
 
 
 def _bytes(address: int, size: int) -> Any:
     return (ctypes.c_ubyte * size).from_address(address)
 
 
-def _tensor(address: int, size: int) -> torch.Tensor:
-    return torch.frombuffer(_bytes(address, size), dtype=torch.uint8)
-
-
 def _gather(
-    content: Content, begin: int, end: int, address: int, pieces: Any = None, wait: bool = True
+    content: Content, begin: int, end: int, memory: _Memory, copies: device.Copies, pieces: Any = None
 ) -> None:
-    """Copy bytes `begin` to `end` of a file to an address.
+    """Copy bytes `begin` to `end` of a file to the beginning of some memory.
 
     Args:
+        copies: makes those from a device, and has not finished them yet.
         pieces: for each piece of the content, whether it is to be copied; None for all.
-        wait: for copies from a device, which otherwise may be still under way.
     """
     first = int(np.searchsorted(content.where, begin, "right")) - 1
     last = int(np.searchsorted(content.where, end, "left"))
@@ -202,23 +258,29 @@ def _gather(
     size = np.minimum(where + content.sizes[first:last], end) - low
     skipped = low - where
     source = content.addresses[first:last] + skipped
-    target = low - begin + address
+    target = low - begin + memory.address
     here = content.here[first:last]
     chosen = size > 0
     if pieces is not None:
         chosen &= pieces[first:last]
+    if content.elsewhere:
+        if any(tensor.is_cuda for tensor in content.elsewhere.values()):
+            memory.pin()
+        copies.begin(
+            [
+                (content.elsewhere[first + n][int(skipped[n]) : int(skipped[n] + size[n])], int(target[n]))
+                for n in np.flatnonzero(chosen & ~here).tolist()
+            ]
+        )
     small = chosen & here & (size < _BIG)
     deque(map(_memmove, target[small].tolist(), source[small].tolist(), size[small].tolist()), maxlen=0)
-    for n in np.flatnonzero(chosen & ~here).tolist():
-        part = content.elsewhere[first + n][int(skipped[n]) : int(skipped[n] + size[n])]
-        _tensor(int(target[n]), int(size[n])).copy_(part, non_blocking=not wait)
     big = chosen & here & (size >= _BIG)
-    copies = target[big].tolist(), source[big].tolist(), size[big].tolist()
+    moves = target[big].tolist(), source[big].tolist(), size[big].tolist()
     if end - begin <= CHUNK:
-        deque(map(ctypes.memmove, *copies), maxlen=0)
+        deque(map(ctypes.memmove, *moves), maxlen=0)
     else:
         with ThreadPoolExecutor(_COPIERS) as copiers:
-            deque(copiers.map(ctypes.memmove, *copies), maxlen=0)
+            deque(copiers.map(ctypes.memmove, *moves), maxlen=0)
 
 
 class _Ring:
@@ -227,20 +289,23 @@ class _Ring:
     def __init__(self, content: Content) -> None:
         self._content = content
         count = min(RING, -(-content.size // CHUNK))
-        self._pieces = [_allocate(min(CHUNK, -(-content.size // _PAGE) * _PAGE)) for _ in range(count)]
+        self._pieces = [_Memory(min(CHUNK, -(-content.size // _PAGE) * _PAGE)) for _ in range(count)]
+        self._copies = device.Copies()
         self._turn = 0
 
     def chunk(self, begin: int, end: int) -> memoryview:
         piece = self._pieces[self._turn % len(self._pieces)]
         self._turn += 1
-        _gather(self._content, begin, end, _address(piece))
-        return memoryview(piece)[: -(-(end - begin) // _PAGE) * _PAGE]
+        _gather(self._content, begin, end, piece, self._copies)
+        self._copies.finish()
+        return memoryview(piece.pages)[: -(-(end - begin) // _PAGE) * _PAGE]
 
 
 class Staging:
     """A file's bytes in memory that is allocated once, copied there quickly, so that the training can go on.
 
-    It takes the size of the file, in whole pages of 2 MB; writing it takes no more.
+    It takes the size of the file, a 64th more, in whole pages of 2 MB; writing it takes no more. What comes from a
+    device may still be on its way when `stage` returns: see `device`.
     """
 
     def __init__(self, planner: Planner | None = None) -> None:
@@ -249,8 +314,8 @@ class Staging:
         self.size = 0
         """Bytes of the file that was staged last."""
         self._planner = planner or Planner()
-        self._memory: mmap.mmap | None = None
-        self._pinned = 0
+        self._copies = device.Copies()
+        self._memory: _Memory | None = None
         self._records: Any = None
 
     @property
@@ -275,46 +340,39 @@ class Staging:
             self.size = content.size
         return self.size
 
+    def complete(self) -> None:
+        """Wait for what is on its way from a device."""
+        self._copies.finish()
+
     def chunk(self, begin: int, end: int) -> memoryview:
         """Return bytes of the file, to the end of the page."""
         assert self._memory is not None
-        return memoryview(self._memory)[begin : -(-end // _PAGE) * _PAGE]
+        return memoryview(self._memory.pages)[begin : -(-end // _PAGE) * _PAGE]
 
     def _reserve(self, size: int) -> None:
-        """Have memory for a file, a little more than it needs: texts and numbers may grow."""
-        if self._memory is None or len(self._memory) < size:
-            self._release()
-            self._memory = _allocate(-(-(size + size // 64) // _HUGE) * _HUGE)
+        """Have memory for a file, a little more than it needs: texts and numbers may grow.
+
+        Raises:
+            MemoryError: it would be more than there is, which Linux says by ending the process.
+        """
+        if self._memory is not None and len(self._memory) >= size:
+            return
+        self._memory = self._records = None
+        size = -(-(size + size // 64) // _HUGE) * _HUGE
+        free = memory.available()
+        if free is not None and size > free:
+            raise MemoryError(f"{size / 1e6:.0f} MB of memory are needed and {free / 1e6:.0f} MB available")
+        self._memory = _Memory(size)
 
     def _fill(self, content: Content) -> None:
         assert self._memory is not None
-        cuda = {tensor.device for tensor in content.elsewhere.values() if tensor.device.type == "cuda"}
-        if cuda:
-            self._pin()
         pieces = None
         if content.records is self._records:  # what is between the tensors is there already
             pieces = np.arange(len(content.where)) % 2 == 1
             pieces[-1] = True
-        _gather(content, 0, content.size, _address(self._memory), pieces, wait=not self._pinned)
-        for device in cuda:
-            torch.cuda.current_stream(device).synchronize()
+        self._records = None
+        _gather(content, 0, content.size, self._memory, self._copies, pieces)
         self._records = content.records
-
-    def _pin(self) -> None:
-        """Let devices copy into the memory directly, once; where that is refused, copies are only slower."""
-        if self._memory is not None and not self._pinned:
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            if int(runtime.cudaHostRegister(_address(self._memory), len(self._memory), 0)) == 0:
-                self._pinned = _address(self._memory)
-
-    def _release(self) -> None:
-        if self._pinned:
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            runtime.cudaHostUnregister(self._pinned)
-        self._memory, self._pinned, self._records = None, 0, None
-
-    def __del__(self) -> None:
-        self._release()
 
 
 # ---- from disk ---------------------------------------------------------------------------------

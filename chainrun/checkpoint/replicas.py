@@ -12,35 +12,50 @@ from typing import Any
 import torch
 import xxhash
 
+from chainrun.checkpoint import device
 from chainrun.checkpoint.sharded import Keys, map_tensors
 
 _SIZE = 16  # bytes of a mark
 _LEAST = 256  # bytes of a tensor that is worth its mark
 
 
-def _mark(name: str, tensor: torch.Tensor) -> bytes | None:
-    """Return the hash of a tensor's name, kind and bits; None of one that is written as it is."""
-    plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
-    if not plain or type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.nbytes < _LEAST:
-        return None
-    kind = (name, type(tensor).__name__, str(tensor.dtype), tensor.stride(), tensor.requires_grad)
-    digest = xxhash.xxh3_128(repr((kind, tuple(tensor.shape))).encode())
-    bits = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    digest.update(bits.flatten().view(torch.uint8).numpy().data)
-    return digest.digest()
+def _marks(objects: Any) -> dict[str, bytes]:
+    """Return by its place in the tree the hash of every tensor's name, kind and bits.
+
+    Those that are small or of a rare kind are not among them: they are written as they are.
+    """
+    kinds: dict[str, bytes] = {}
+    elsewhere: dict[str, torch.Tensor] = {}
+    found: dict[str, bytes] = {}
+
+    def look(keys: Keys, tensor: torch.Tensor) -> torch.Tensor:
+        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+        if plain and type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.nbytes >= _LEAST:
+            name = repr(keys)
+            kind = (name, type(tensor).__name__, tensor.device.type, str(tensor.dtype), tensor.stride())
+            kinds[name] = repr((kind, tensor.requires_grad, tuple(tensor.shape))).encode()
+            bits = tensor.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+            if tensor.device.type == "cpu":
+                digest = xxhash.xxh3_128(kinds[name])
+                digest.update(bits.numpy().data)
+                found[name] = digest.digest()
+            else:
+                elsewhere[name] = bits
+        return tensor
+
+    map_tensors(objects, (), look)
+    by_device: dict[torch.device, list[str]] = {}
+    for name, bits in elsewhere.items():
+        by_device.setdefault(bits.device, []).append(name)
+    for names in by_device.values():
+        for name, digest in zip(names, device.digests([elsewhere[name] for name in names]), strict=True):
+            found[name] = xxhash.xxh3_128_digest(kinds[name] + digest)
+    return found
 
 
 def marks(tree: dict[str, Any]) -> bytes:
     """Return the marks of a rank's registered objects, one after the other."""
-    found: list[bytes] = []
-
-    def look(keys: Keys, tensor: torch.Tensor) -> torch.Tensor:
-        if mark := _mark(repr(keys), tensor):
-            found.append(mark)
-        return tensor
-
-    map_tensors(tree.get("objects", {}), (), look)
-    return b"".join(found)
+    return b"".join(_marks(tree.get("objects", {})).values())
 
 
 def split(tree: dict[str, Any], theirs: bytes) -> dict[str, Any]:
@@ -50,12 +65,14 @@ def split(tree: dict[str, Any], theirs: bytes) -> dict[str, Any]:
         theirs: what `marks` returned of rank 0's.
     """
     known = {theirs[at : at + _SIZE] for at in range(0, len(theirs), _SIZE)}
+    mine = _marks(tree.get("objects", {}))
     left_out: list[str] = []
 
     def take(keys: Keys, tensor: torch.Tensor) -> torch.Tensor:
-        if _mark(repr(keys), tensor) not in known:
+        name = repr(keys)
+        if mine.get(name) not in known:
             return tensor
-        left_out.append(repr(keys))
+        left_out.append(name)
         return torch.empty_like(tensor, device="meta")
 
     objects = map_tensors(tree.get("objects", {}), (), take)

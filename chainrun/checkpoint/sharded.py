@@ -44,6 +44,22 @@ def is_sharded(thing: Any) -> bool:
     return module is not None and isinstance(thing, module.DTensor)
 
 
+def _is_any_sharded(tree: Any) -> bool:
+    """Whether there is a DTensor in a tree; quick, for most have none, and many thousands of other tensors."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None:
+        return False
+    parts, kind = [tree], module.DTensor
+    while parts:
+        part = parts.pop()
+        for value in part.values() if isinstance(part, dict) else part:
+            if isinstance(value, (dict, list, tuple)):
+                parts.append(value)
+            elif isinstance(value, kind):
+                return True
+    return False
+
+
 def map_tensors(tree: Any, keys: Keys, change: Callable[[Keys, torch.Tensor], Any]) -> Any:
     """Return the tree with its tensors changed; what holds none that do is the same object."""
     if isinstance(tree, torch.Tensor):
@@ -120,6 +136,8 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
     Raises:
         RegisterError: there is one where no restore could set it.
     """
+    if not _is_any_sharded(tree):
+        return tree, {}
     found: dict[str, DTensor] = {}
     places: dict[str, dict[str, Any]] = {}
 
@@ -152,10 +170,7 @@ def split(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, DTensor]]:
         found[key] = tensor.detach()
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
-    if "torch.distributed.tensor" not in sys.modules:
-        return tree, {}
-    split_tree = map_tensors(tree, (), take)
-    return ({**split_tree, "sharded": places} if places else tree), found
+    return {**map_tensors(tree, (), take), "sharded": places}, found
 
 
 def spell(tensor: DTensor) -> list[list[Any]]:

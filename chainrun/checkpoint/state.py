@@ -24,8 +24,18 @@ _UNKNOWN = {  # to torch.save: those of less than a byte
     if isinstance(dtype, torch.dtype)
     and re.fullmatch(r"torch\.(int|uint|bits)([1-7]|1x8|2x4|4x2)", str(dtype))
 }
+_INT = 1 << 62
 _INT_BITS = 2040  # torch.load's weights_only reader knows integers of up to 255 bytes
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
+
+
+def _is_common(value: Any) -> bool:
+    """Whether it is of those kinds that are nearly all there is in a state, and that every checkpoint can hold."""
+    kind = type(value)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        strided = value.layout is torch.strided and not value.is_nested
+        return strided and value.dtype not in _UNKNOWN and not value.__dict__
+    return kind is str or kind is float or kind is bool or (kind is int and -_INT <= value <= _INT)
 
 
 def check(tree: Any, path: str) -> None:
@@ -62,11 +72,14 @@ def check(tree: Any, path: str) -> None:
                     raise RegisterError(
                         f"{path} has a key of type {type(key).__qualname__}; use str or int keys"
                     )
-                check(key, f"a key of {path}")
-                check(value, f"{path}.{key}")
+                if not _is_common(key):
+                    check(key, f"a key of {path}")
+                if not _is_common(value):
+                    check(value, f"{path}.{key}")
         else:
             for index, value in enumerate(tree):
-                check(value, f"{path}[{index}]")
+                if not _is_common(value):
+                    check(value, f"{path}[{index}]")
     elif kind not in _PLAIN:
         raise RegisterError(
             f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; use numbers, "

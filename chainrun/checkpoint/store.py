@@ -8,6 +8,7 @@ and status ask the same question of the same function: `Store.flaw`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -123,11 +124,18 @@ def flaw(
 
 
 class Store:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory.
 
-    def __init__(self, run: RunDir) -> None:
-        self._run = run
+    Args:
+        writer: names who writes, so that two never write into one directory, whatever they take themselves for.
+    """
+
+    def __init__(self, run: RunDir, writer: str = "") -> None:
+        self._run, self._owner = run, f".{writer}" if writer else ""
         self.folder = run.checkpoints
+        self.recycles = False
+        """Whether the files of one retired checkpoint are kept for the next save to write over."""
+        self._spare: Path | None = None
         self._trusted: set[Path] = set()  # verified, or written, by this process
 
     def _directories(self) -> list[tuple[tuple[int, int], Path]]:
@@ -144,7 +152,8 @@ class Store:
 
     def latest(self) -> Committed | None:
         """Return the checkpoint that was committed last, whether or not its files can be trusted."""
-        return next(iter(self.committed()), None)
+        found = (_read(path) for _, path in self._directories())
+        return next((one for one in found if isinstance(one, Committed)), None)
 
     def flaw(self, checkpoint: Committed) -> str | None:
         """Return why a checkpoint cannot be trusted; asked once a process, the answer is kept if good."""
@@ -189,7 +198,58 @@ class Store:
         return self._run.checkpoint(step, max(taken, default=-1) + 1)
 
     def temporary(self, path: Path) -> Path:
-        return path.with_name(path.name + ".tmp")
+        """Return where a checkpoint is written until it is committed."""
+        return path.with_name(f"{path.name}{self._owner}.tmp")
+
+    def begin(self, path: Path) -> Path:
+        """Make the directory in which a checkpoint is put together, of a retired one where that is kept.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        temporary = self.temporary(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            with contextlib.suppress(OSError):
+                os.rename(spare, temporary)
+                return temporary
+            shutil.rmtree(spare, ignore_errors=True)
+        temporary.mkdir()
+        return temporary
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes on the disk that the next save writes over."""
+        try:
+            return sum(file.stat().st_size for file in self._spare.iterdir()) if self._spare else 0
+        except OSError:
+            return 0
+
+    def drop_spare(self) -> bool:
+        """Remove what is kept for the next save; return whether there was something."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            shutil.rmtree(spare, ignore_errors=True)
+        return spare is not None
+
+    def _keep(self, removed: Path, names: set[str]) -> bool:
+        """Keep a retired directory's files of these names for the next save; return whether it was done."""
+        if not self.recycles or self._spare is not None:
+            return False
+        try:
+            (removed / MANIFEST).unlink()  # first of all: what is written over never looks like a checkpoint
+            for path in list(removed.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in names:
+                    path.unlink()
+            fsync_dir(removed)
+            fsync_dir(self.folder)  # after a power cut it must not be there under its old name
+        except OSError:
+            return False
+        self._spare = removed
+        return True
 
     def set_aside(self, checkpoint: Committed) -> Path:
         """Rename a checkpoint that cannot be trusted, so that its name is free; it is kept to be looked at."""
@@ -199,9 +259,17 @@ class Store:
         return target
 
     def clean(self) -> None:
-        """Remove what crashed saves and removals left. Only for the holder of the run's lock."""
+        """Remove what crashed saves and removals left. Only for the holder of the run's lock, which it has just taken.
+
+        This is the fence against a start that has lost the lock and does not know it yet: its commit renames the
+        directory that it wrote, and so does this. If its rename comes first, its checkpoint is there for whoever looks
+        after this; if ours does, it finds nothing to commit.
+        """
         for path in self.folder.glob("step-*.tmp"):
-            shutil.rmtree(path, ignore_errors=True)
+            gone = self.folder / f"step-gone-{time.time_ns()}.tmp"
+            with contextlib.suppress(OSError):
+                os.rename(path, gone)
+            shutil.rmtree(gone, ignore_errors=True)
         fsync_dir(
             self.folder
         )  # a save killed right after its rename is durable before the run goes on from it
@@ -231,12 +299,15 @@ class Store:
         """
         good = 0
         retired = []
-        for checkpoint in self.committed():
+        found = self.committed()
+        newest = found[0] if found else None
+        for checkpoint in found:
             if good >= keep:
                 retired.append(checkpoint)
             elif self.flaw(checkpoint) is None:
                 good += 1
         for checkpoint in reversed(retired):
+            assert newest is not None
             if keep_every and checkpoint.step % keep_every == 0:
                 continue
             # renamed first: a crash leaves no half of a checkpoint under its name, and `clean` finds the rest
@@ -246,5 +317,6 @@ class Store:
             except OSError:
                 continue  # tried again after the next save
             self._trusted.discard(checkpoint.path)
-            shutil.rmtree(removed, ignore_errors=True)
+            if not self._keep(removed, {name for name in newest.manifest["files"] if "/" not in name}):
+                shutil.rmtree(removed, ignore_errors=True)
             yield checkpoint

@@ -102,6 +102,7 @@ def save(
     unready: str | None = None,
     hold: Callable[[], None] = lambda: None,
     planner: Planner | None = None,
+    progress: image.Progress | None = None,
 ) -> tuple[Path, float]:
     """Write and commit one checkpoint; every rank calls it. Return its path and the seconds it took.
 
@@ -112,6 +113,7 @@ def save(
         unready: why this rank cannot save now; the other ranks are told.
         hold: called on rank 0 right before the commit; raises where it must not happen any more.
         planner: keeps the file's layout for the next save.
+        progress: of this rank's file.
 
     Raises:
         CheckpointError: a rank could not write; nothing was committed, older checkpoints are untouched.
@@ -125,9 +127,7 @@ def save(
         try:
             make_dir(store.folder)
             path = store.path_for(step)
-            temporary = store.temporary(path)
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+            store.begin(path)
         except OSError as error:
             problem = f"{error.filename or store.folder} could not be made: {image.said(error, store.folder)}"
     name, problem = group.broadcast([str(path), problem])
@@ -139,7 +139,7 @@ def save(
     }
     if report["error"] is None:
         try:
-            report = _write(temporary, group.rank, mine, planner)
+            report = _write(temporary, group.rank, mine, planner, progress)
         except (CheckpointError, OSError) as error:
             report |= {"error": str(error), "full": _is_full(error)}
     reports = group.gather(report)
@@ -165,13 +165,15 @@ def _is_full(error: BaseException | None) -> bool:
     return error is not None and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _write(temporary: Path, rank: int, mine: Ready, planner: Planner | None) -> dict[str, Any]:
+def _write(
+    temporary: Path, rank: int, mine: Ready, planner: Planner | None, progress: image.Progress | None
+) -> dict[str, Any]:
     """Write one rank's files; return its report.
 
     Raises:
         CheckpointError, OSError: they cannot be written.
     """
-    size, digest = image.write(temporary / rank_file(rank), mine.staged or mine.tree, planner)
+    size, digest = image.write(temporary / rank_file(rank), mine.staged or mine.tree, planner, progress)
     own: dict[str, Any] = {"size": size, "xxh3_128": digest}
     if "replicated" in mine.tree:
         own["with"] = [rank_file(0)]

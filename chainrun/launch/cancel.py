@@ -8,7 +8,7 @@ from pathlib import Path
 from chainrun import journal
 from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE
-from chainrun.launch import slurm
+from chainrun.launch import notify, slurm
 from chainrun.launch.submit import jobs_of
 from chainrun.lock import holder
 from chainrun.rundir import open_run, write_durably
@@ -27,6 +27,8 @@ def cancel(path: Path) -> int:
     until = time.monotonic() + PATIENCE
     while (held := holder(run)) and held["alive"] and time.monotonic() < until:
         time.sleep(0.5)
+    # unless its last segment has told already, or is telling now: then this waits, before the job is killed
+    notify.notify(run, "stopped", "the run was cancelled")
     jobs = slurm.states(jobs_of(run))
     for job in jobs:
         answer = slurm.cancel(job)

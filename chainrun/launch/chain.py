@@ -14,7 +14,7 @@ from chainrun.checkpoint.store import Committed, Store
 from chainrun.errors import ChainrunError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import cancel, local, slurm, submit
-from chainrun.lock import holder
+from chainrun.launch.standing import Standing
 from chainrun.rundir import open_run, read_json
 from chainrun.shipped import Shipped, ship
 
@@ -41,20 +41,9 @@ class Chain:
 
     @property
     def state(self) -> str:
-        """``done``, ``failed``, ``cancelled``, ``running``, ``queued`` or ``stopped``."""
-        run = self._run
-        if run.done.exists():
-            return "done"
-        if run.failed.exists():
-            return "failed"
-        held = holder(run)
-        if held and held["alive"]:
-            return "running"
-        if run.stop.exists():
-            return "cancelled"
-        if run.halted.exists():
-            return "stopped"
-        return "queued" if slurm.states(submit.jobs_of(run)) else "stopped"
+        """``done``, ``failed``, ``cancelled``, ``running``, ``queued``, ``held`` (a job that waits for a person),
+        ``stopped``, or ``unknown`` where SLURM does not say whether a job waits."""
+        return Standing(self._run).state().word
 
     @property
     def checkpoints(self) -> list[Committed]:

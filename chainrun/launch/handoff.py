@@ -10,12 +10,13 @@ import time
 from chainrun import breakers, experiment, journal
 from chainrun.allocation import Allocation
 from chainrun.errors import ClusterError
-from chainrun.launch import slurm, submit
+from chainrun.launch import notify, slurm, submit
 from chainrun.rundir import RunDir, write_durably
 from chainrun.segment import Outcome, say
 from chainrun.training.stop import Signals
 
 _CANCELLED = "the job was cancelled with scancel"
+_STAND_BY = 90.0  # seconds, in which several commands of SLURM may hang and be given up one after the other
 
 
 def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Signals) -> bool:
@@ -40,7 +41,9 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         "ahead": [_requeue, _resubmit],
         "auto": [_requeue, _resubmit],
     }[described.chain.handoff]
-    if avoids:  # a job that is requeued keeps its options
+    # a job that is requeued keeps its options, and a limit that --time-min let SLURM shorten
+    shortened = described.chain.handoff == "auto" and {"time-min", "time_min"} & set(described.slurm.extra)
+    if avoids or shortened:
         ways = [_resubmit, *(way for way in ways if way is not _resubmit)]
     waiting = _waiting(run, allocation)
     if waiting:  # whatever the policy: beside them a requeued job would be one too many
@@ -50,20 +53,33 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         return True
     if described.chain.handoff == "ahead":
         journal.record(run, "handoff", how="ahead", refused="no job is waiting")
+    refused = False
     for way in ways:
-        if (
-            signals.terminated
-            and not terminated
-            and slurm.fate(allocation.job, allocation.restart) == "cancelled"
-        ):
+        # a cancel may have come meanwhile, and be why the way before was refused; its signal may still be on its way
+        heard = signals.terminated and not terminated
+        if (heard or refused) and slurm.fate(allocation.job, allocation.restart) == "cancelled":
             return _refuse(run, allocation, _CANCELLED)
         problem = way(run, allocation, described, signals)
         if problem is None:
             return True
-        how = way.__name__.strip("_")
+        refused, how = True, way.__name__.strip("_")
         journal.record(run, "handoff", how=how, refused=problem)
         say(f"handing over by {how} was refused: {problem}")
     return _refuse(run, allocation, "no way of handing over was left")
+
+
+def claim(run: RunDir, allocation: Allocation) -> bool:
+    """Whether this rank is the one to hand over: where several have failed, only the first does."""
+    try:
+        run.claim(allocation.job, allocation.restart).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def stand_by() -> None:
+    """Wait for the end that comes when another rank has handed over: one's own end would come before that."""
+    time.sleep(_STAND_BY)
 
 
 def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> None:
@@ -79,6 +95,7 @@ def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> No
         write_durably(run.halted, json.dumps({"why": why, "command": command}).encode())
         journal.record(run, "handoff", how=None, refused=why)
     _cancel(waiting)
+    notify.notify(run, "stopped", f"{why}; to go on: {command}")
 
 
 def prepare(run: RunDir, allocation: Allocation) -> None:

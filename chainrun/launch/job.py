@@ -6,6 +6,7 @@ pickle can go stale; and it is unpickled fast, so that the moment in which a sig
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ class Job:
 
     def __call__(self) -> None:
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
+        _one_log()
         run = RunDir(Path(self.path))
         allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
         try:
@@ -81,17 +83,47 @@ def _end(run: RunDir, allocation: Allocation, signals: Signals, outcome: Outcome
 
     if leads and outcome.kind in ("done", "failed", "idle"):
         handoff.tidy(run, allocation)
+    if allocation.scheduler == "slurm":  # a local chain's command sees its end by itself
+        _tell(run, outcome, leads=leads)
     if outcome.kind == "halted":
         handoff.halt(run, allocation, outcome.reason, outcome.options)
         return EXIT_STOPPED
     if outcome.kind in ("failed", "locked", "lost"):  # srun then ends the ranks that wait for this one
         return EXIT_FAILED
-    if outcome.kind in ("stopped", "retry") and allocation.scheduler == "slurm":
-        # of a failed segment the rank that failed hands over: the others may wait for it for ever
-        hands_over = allocation.rank == 0 or outcome.kind == "retry"
-        if hands_over and not handoff.hand_over(run, allocation, outcome, signals):
-            return EXIT_FAILED if outcome.kind == "retry" else EXIT_STOPPED
+    slurms = allocation.scheduler == "slurm"
+    if outcome.kind == "stopped" and slurms and allocation.rank == 0:
+        if not handoff.hand_over(run, allocation, outcome, signals):
+            return EXIT_STOPPED
+    elif outcome.kind == "retry" and slurms:
+        # the rank that failed hands over, since the others may wait for it for ever; of several the first
+        if handoff.claim(run, allocation):
+            handoff.hand_over(run, allocation, outcome, signals)
+        else:
+            handoff.stand_by()
+        return EXIT_FAILED  # also where the next job waits: srun then ends the other ranks
+    elif outcome.kind == "follows":
+        if slurms:
+            handoff.stand_by()
+        return EXIT_FAILED
     return EXIT_DONE  # of a local chain `chainrun run` starts the next segment
+
+
+def _tell(run: RunDir, outcome: Outcome, *, leads: bool) -> None:
+    """Let the experiment's ``notify`` know of the chain's end; on any rank of a failed one, since any may know why."""
+    from chainrun import journal
+    from chainrun.launch import notify
+
+    if leads and outcome.kind in ("done", "idle") and run.done.exists():  # idle: killed before it could tell
+        notify.notify(run, "finished", journal.finished(run), outcome.step or None)
+    elif outcome.kind == "failed":
+        notify.notify(run, "failed", outcome.reason, outcome.step)
+
+
+def _one_log() -> None:
+    """Send errors where output goes: in two files nobody can tell any more what came after what."""
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+        os.dup2(1, 2)
 
 
 def _end_workers() -> None:

@@ -279,7 +279,10 @@ def _preemption(site: Site, name: str, one: dict[str, str], described: Experimen
         text = f"{told} without a grace time: a job has {wait} (KillWait) for its last checkpoint. If that is too short, "
         text += "what came after the last periodic one is trained again"
         if mode == "CANCEL":
-            text += ". A cancelled job does not come back: chainrun submits a new one"
+            text += (
+                ". SLURM does not bring a cancelled job back: once its checkpoint is written chainrun requeues it; killed "
+                "before that, it is over, and `chainrun submit` goes on, or a next job that waits (handoff: ahead)"
+            )
         ask = f"GraceTime=120 of {'the QOS' if kind == 'preempt/qos' else f'partition {name}'}"
         return Finding("warning", "preemption", text, "checkpoint: {every: 5min}", ask, page)
     user = site.parameter("SlurmctldParameters", "preempt_send_user_signal") is not None

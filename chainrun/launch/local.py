@@ -23,8 +23,10 @@ from chainrun import breakers, journal
 from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
 from chainrun.experiment import Experiment
+from chainrun.launch import notify
 from chainrun.launch.job import LOCAL, Job
 from chainrun.launch.progress import Progress
+from chainrun.launch.standing import Standing
 from chainrun.lock import holder
 from chainrun.rundir import RunDir
 
@@ -69,12 +71,28 @@ def run_chain(
         walltime: seconds that a segment may last, instead of the experiment's ``local.walltime``.
         quiet: print nothing but warnings and errors.
     """
-    with _interruptible() as asked, Progress(run, quiet=quiet) as progress:
-        while True:
-            process = _start(run, described, interrupt_at, walltime or described.local.walltime)
-            code = _watch(run, described, process, asked, progress)
-            if code is not None:
-                return code
+    code = None
+    with _interruptible() as asked:
+        with Progress(run, quiet=quiet) as progress:
+            while code is None:
+                process = _start(run, described, interrupt_at, walltime or described.local.walltime)
+                code = _watch(run, described, process, asked, progress)
+        if code != EXIT_USAGE:
+            _tell(run)
+    return code
+
+
+def _tell(run: RunDir) -> None:
+    """Let the experiment's ``notify`` know how the chain has ended."""
+    if run.done.exists():
+        notify.notify(run, "finished", journal.finished(run))
+    elif run.failed.exists():
+        notify.notify(run, "failed", (journal.last(run, "failed") or {}).get("error", "the run has failed"))
+    else:
+        state = Standing(run).state({})
+        notify.notify(
+            run, "stopped", f"{state.remark or state.word}; to go on: chainrun run {run.experiment}"
+        )
 
 
 def run_one(run: RunDir, described: Experiment, interrupt_at: Sequence[int], **more: Any) -> int:
@@ -136,7 +154,8 @@ def _gpus() -> list[int]:
 def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, progress: Progress) -> int | None:
     """Wait for a segment's end; return the exit code, None where the next segment is to start."""
     told, told_at = 0, 0.0
-    before = sum(1 for _ in journal.events(run, *_ENDS))
+    followed = journal.Follower(run, skip=True)
+    ends: list[dict[str, Any]] = []  # of this segment
     ranks: set[int] = set()
     lost_at: float | None = None
     while process.poll() is None:
@@ -156,7 +175,8 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
             process.send_signal(signal.SIGTERM)
         alive = _tasks(process.pid)
         ranks |= alive
-        failed = any(e["event"] == "failed" for e in _ends(run, before))
+        ends += [event for event in followed.new() if event["event"] in _ENDS]
+        failed = any(event["event"] == "failed" for event in ends)
         if lost_at is None and (failed or (alive and alive != ranks)):
             lost_at = now
         if lost_at is not None and now - lost_at > _GRACE:
@@ -172,7 +192,8 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
         )
         return EXIT_FAILED
     again = f"to go on: chainrun run {run.experiment}"
-    event = next(iter(reversed(_ends(run, before))), None)
+    ends += [event for event in followed.new() if event["event"] in _ENDS]
+    event = ends[-1] if ends else None
     held = holder(run)
     if event is None and held and held["alive"]:
         progress.write(f"the run is being trained already, by process {held['pid']}; nothing was done")
@@ -195,11 +216,6 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
         return EXIT_STOPPED
     journal.record(run, "handoff", how="local")
     return None
-
-
-def _ends(run: RunDir, before: int) -> list[dict[str, Any]]:
-    """Return the ends of segments in the journal, without the first `before`, which are of older segments."""
-    return list(journal.events(run, *_ENDS))[before:]
 
 
 def _tasks(controller: int) -> set[int]:

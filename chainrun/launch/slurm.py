@@ -17,6 +17,7 @@ from chainrun.errors import ClusterError
 TIMEOUT = 20.0  # seconds after which a SLURM command counts as hanging
 _QUESTION = 5.0  # the same for questions, which the training asks too
 _LEAST = 1.0
+_UTC = "UTC0"  # as TZ: times of the clocks' change in autumn have one meaning
 _IN_A_JOB = 5.0  # the same inside a job of which nobody says when it ends
 
 _known_end: list[float | None] = [None]  # of the job that we run in, as SLURM last said
@@ -41,15 +42,34 @@ def patience(most: float = TIMEOUT) -> float:
     return min(most, TIMEOUT, _IN_A_JOB if end is None else max(_LEAST, (end - time.time()) / 6))
 
 
-def ask(*command: str, most: float = TIMEOUT) -> Answer:
+# What a person or a site sets to change what the commands below do or print: another format of times, a query before
+# every scancel, other people's jobs, another cluster than the one that the jobs are submitted to.
+_CHANGES = ("SQUEUE_", "SCANCEL_", "SCONTROL_", "SINFO_", "SLURM_TIME_FORMAT", "SLURM_CLUSTERS")
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_CHANGES)}
+    return {**kept, "LC_ALL": "C"}
+
+
+def ask(*command: str, most: float = TIMEOUT, **variables: str) -> Answer:
     """Run a SLURM command; never raises for what SLURM does.
 
     Args:
         most: seconds that it may take, fewer inside a job that ends soon.
+        variables: of its environment.
     """
     timeout = patience(most)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(
+            command,
+            env={**_environment(), **variables},
+            capture_output=True,
+            text=True,
+            errors="replace",  # a job's name may have any bytes
+            timeout=timeout,
+            check=False,
+        )
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
             return Answer(False, f"{command[0]} cannot be run: {error.strerror}")
@@ -87,11 +107,23 @@ def records(text: str) -> list[dict[str, str]]:
     return [dict(_FIELD.findall(line)) for line in text.splitlines() if "=" in line]
 
 
-def job_record(job: str) -> dict[str, str]:
-    """Return the fields of ``scontrol show job``, empty where SLURM does not know (or tell of) the job."""
-    answer = ask("scontrol", "--oneliner", "show", "job", job, most=_QUESTION)
+def _show(what: str, name: str) -> dict[str, str]:
+    answer = ask("scontrol", "--oneliner", "show", what, name, most=_QUESTION, TZ=_UTC)
     lines = answer.text.splitlines() if answer.ok else []
     return dict(_FIELD.findall(lines[0])) if lines else {}
+
+
+def job_record(job: str) -> dict[str, str]:
+    """Return the fields of ``scontrol show job``, empty where SLURM does not know (or tell of) the job; times in UTC."""
+    return _show("job", job)
+
+
+def _seconds(time: str) -> float | None:
+    """Return seconds since the epoch for a time that SLURM has said in UTC; None for Unknown, NONE, N/A."""
+    try:
+        return datetime.datetime.fromisoformat(time).replace(tzinfo=datetime.timezone.utc).timestamp()
+    except ValueError:
+        return None
 
 
 def end_time(job: str) -> float | None:
@@ -99,14 +131,24 @@ def end_time(job: str) -> float | None:
 
     The environment's SLURM_JOB_END_TIME (from 23.02) is not used: limits are changed while jobs run.
     """
-    end = job_record(job).get("EndTime")
-    if end is None:  # scontrol is forbidden, missing, or hangs
-        answer = ask("squeue", "--noheader", "--format=%e", "--jobs=" + job, most=_QUESTION)
-        end = answer.text.strip() if answer.ok else ""
-    try:
-        return datetime.datetime.fromisoformat(end).timestamp()
-    except ValueError:  # Unknown, NONE, N/A
+    record = job_record(job)
+    if not record:  # scontrol is forbidden, missing, or hangs
+        answer = ask("squeue", "--noheader", "--format=%e", "--jobs=" + job, most=_QUESTION, TZ=_UTC)
+        return _seconds(answer.text.strip()) if answer.ok else None
+    ends = [_seconds(record.get("EndTime", "")), _reservations_end(record.get("Reservation", ""))]
+    return min((end for end in ends if end is not None), default=None)
+
+
+def _reservations_end(name: str) -> float | None:
+    """Return when the reservation that a job runs in ends its jobs: their own EndTime does not tell, nor does a warning."""
+    record = _show("reservation", name) if name not in ("", "(null)") else {}
+    end = _seconds(record.get("EndTime", ""))
+    if end is None or "FLEX" in record.get("Flags", ""):
         return None
+    overrun = re.search(r"ResvOverRun *= *(\w+)", ask("scontrol", "show", "config", most=_QUESTION).text)
+    if overrun is None or not overrun[1].isdecimal():
+        return None if overrun else end
+    return end + 60.0 * int(overrun[1])
 
 
 def states(jobs: list[str], *, ended: bool = False) -> dict[str, tuple[str, str]]:
@@ -123,11 +165,58 @@ def queue(jobs: list[str], *, ended: bool = False) -> dict[str, tuple[str, str]]
     if not jobs:
         return {}
     which = ["--states=all"] if ended else []
-    answer = ask("squeue", "--noheader", "--format=%i|%T|%r", *which, "--jobs=" + ",".join(jobs))
+    # --array: one line for each element, also of those that wait
+    answer = ask("squeue", "--noheader", "--array", "--format=%i|%T|%r", *which, "--jobs=" + ",".join(jobs))
     if not answer.ok:  # an unknown job id among several is no error, a single one is
         return {} if "Invalid job id" in answer.text else None
-    rows = (line.strip().split("|") for line in answer.text.splitlines())
+    rows = (line.strip().split("|", 2) for line in answer.text.splitlines())
     return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job in the queue."""
+
+    state: str
+    reason: str
+    start: float | None
+    """When it has started, or when SLURM expects it to, in seconds since the epoch; None where it does not say."""
+
+
+def listing(jobs: list[str]) -> tuple[dict[str, Queued], str]:
+    """Ask once for all of the jobs; return those that are in the queue, and why SLURM did not say, if it did not."""
+    if not jobs:
+        return {}, ""
+    command = ("squeue", "--noheader", "--format=%i|%T|%S|%r", "--jobs=" + ",".join(jobs))
+    answer = ask(*command, most=_QUESTION)
+    if not answer.ok:
+        return {}, "" if "Invalid job id" in answer.text else answer.text
+    found = {}
+    for line in answer.text.splitlines():
+        job, state, stamp, reason = (line.strip().split("|", 3) + [""] * 3)[:4]
+        start = None
+        with contextlib.suppress(ValueError):  # N/A
+            start = datetime.datetime.fromisoformat(stamp).timestamp()
+        found[job] = Queued(state, "" if reason == "None" else reason, start)
+    return found, ""
+
+
+def last_state(job: str) -> str:
+    """Return in which state a job has ended, by SLURM's memory or else its accounting; empty where neither says."""
+    state = states([job], ended=True).get(job, ("", ""))[0]
+    if not state:
+        answer = ask(
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            "--format=State",
+            f"--jobs={job}",
+            most=_QUESTION,
+        )
+        lines = answer.text.split("\n") if answer.ok else [""]
+        state = lines[0].partition(" by ")[0].strip()  # CANCELLED by 1000
+    return state
 
 
 def allocation() -> Allocation:
@@ -186,6 +275,11 @@ def exclude(job: str, nodes: list[str]) -> Answer:
 def held(job: str, state: str, reason: str) -> str | None:
     """Return what is to be done about a job that waits for a person, None where it waits for something else."""
     reason = reason.replace("_", " ")
+    if state == "PENDING" and re.fullmatch("Reservation ?Deleted", reason, re.IGNORECASE):
+        return (
+            f"job {job} waits for a reservation that is over; to let it go on without: "
+            f"scontrol update JobId={job} ReservationName="
+        )
     if state != "PENDING" or not re.search("held|too many requeues", reason, re.IGNORECASE):
         return None
     who = "; only an administrator may, or the one who held it" if "HeldAdmin" in reason else ""

@@ -30,6 +30,15 @@ _TIMED_OUT = 124  # what timeout(1) ends with
 # A warning that comes before Python listens would kill it: so it is ignored, the job's end is asked for anyway.
 # exec, since under proctrack/cgroup only the first process of a rank gets signals at all.
 _PYTHON = f"""/bin/sh -c 'trap "" USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
+_NO_CHAIN = {
+    "array",
+    "clusters",
+    "cluster_constraint",
+    "cluster-constraint",
+    "test-only",
+    "test_only",
+    "wrap",
+}
 LEAST_LEAD, MOST_LEAD = 10.0, 120.0  # seconds that SLURM's own warning comes before the end, where lead: auto
 
 
@@ -88,7 +97,7 @@ def prepare(
         assert source is not None
         function.check_arguments(source, described.args)
         write_durably(run.experiment, experiment.to_yaml(described).encode())
-    for marker in (run.stop, run.failed, run.halted):
+    for marker in (run.stop, run.failed, run.halted, run.notified):
         marker.unlink(missing_ok=True)
     journal.record(run, "continue", changes=changes)
     return run, "continued"
@@ -219,9 +228,7 @@ def jobs_of(run: RunDir, *, recent: bool = False) -> list[str]:
         recent: only those since a person last let the chain go on.
     """
     events = breakers.since_a_person_looked(run) if recent else journal.events(run)
-    submitted = [event for event in events if event["event"] in ("submitted", "handoff")]
-    jobs = [str(event["job"]) for event in submitted if event.get("job")]
-    return list(dict.fromkeys(jobs))
+    return journal.jobs(events)
 
 
 def warning(described: Experiment) -> int:
@@ -236,8 +243,13 @@ def check(described: Experiment) -> None:
     """Check what only a submission to SLURM needs.
 
     Raises:
-        ExperimentError: the time limit is missing.
+        ExperimentError: the time limit is missing, or an option makes more than one job of it, or none here.
     """
+    for key in _NO_CHAIN & set(described.slurm.extra):
+        raise ExperimentError(
+            f"slurm.extra.{key} cannot be set: a run is carried by one job after another, of the cluster that squeue "
+            "and scontrol ask here; submit an experiment for each run"
+        )
     if described.slurm.time is None:
         raise ExperimentError("slurm.time is missing: how long may one job run? For example slurm.time=4h")
 

@@ -330,13 +330,13 @@ class Chain:
         assert self.saved is not None
         self.passes = self.saved["passes"]
 
-    def fraction(self) -> float:
-        """Return how much of the running pass is done, 0 where none runs."""
-        running = self._pass is not None and self._pass.running
+    def passed(self) -> tuple[int, int, bool]:
+        """Return how many batches of the pass are handed out, of how many (0: unknown), and whether it runs."""
+        runs = self._pass is not None and self._pass.running
         try:
-            return self._pass.handed_out / max(1, len(self.loader)) if running and self._pass else 0.0
+            return self._pass.handed_out if runs and self._pass else 0, len(self.loader), runs
         except TypeError:  # an iterable data set need not know
-            return 0.0
+            return 0, 0, runs
 
     def close(self) -> None:
         """End the workers."""

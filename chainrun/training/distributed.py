@@ -18,7 +18,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed's own, with types
 
 from chainrun.allocation import Allocation
-from chainrun.errors import ChainrunError
+from chainrun.errors import ChainrunError, RankFailed
 from chainrun.rundir import RunDir, read_json, write_durably
 from chainrun.training.stop import Wish
 
@@ -135,7 +135,7 @@ class Control:
         while not self._main.check([key]):
             for rank in range(self.world_size):
                 if self._main.check([f"failed/{rank}"]):
-                    raise ChainrunError(f"rank {rank} has failed; its log says why")
+                    raise RankFailed(f"rank {rank} has failed; its log says why")
             returned = not self._all_returned and self._main.check([f"returned/{sender}"])
             if returned and not self._main.check([key]):  # what it said before it returned still counts
                 raise ChainrunError(
@@ -164,14 +164,17 @@ class Control:
         while missing:
             for rank in range(self.world_size):
                 if self._main.check([f"failed/{rank}"]):
-                    raise ChainrunError(f"rank {rank} has failed; its log says why")
+                    raise RankFailed(f"rank {rank} has failed; its log says why")
             missing = {r for r in missing if not self._main.check([f"returned/{r}"])}
             time.sleep(_POLL)
         self._all_returned = True
 
     def leave(self) -> None:
         """Rank 0 serves the store: it goes last."""
-        self._main.add("gone", 1)
+        try:
+            self._main.add("gone", 1)
+        except RuntimeError:
+            return  # it was killed, or gave up waiting: how this rank's segment ended is not changed by that
         until = time.monotonic() + 30
         while self.rank == 0 and time.monotonic() < until and self._main.add("gone", 0) < self.world_size:
             time.sleep(_POLL)

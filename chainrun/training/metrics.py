@@ -7,8 +7,10 @@ costs no synchronization in the step. A checkpoint holds the file's size; a rest
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,14 @@ FLUSH_SECONDS = 5.0
 
 
 class Metrics:
-    """Writer of ``metrics.jsonl``; does nothing on ranks other than 0."""
+    """Writer of ``metrics.jsonl``; does nothing on ranks other than 0.
 
-    def __init__(self, path: Path, *, active: bool) -> None:
-        self._path, self._active = path, active
+    Args:
+        may_write: whether the run directory is (still) this segment's.
+    """
+
+    def __init__(self, path: Path, *, active: bool, may_write: Callable[[], bool] = lambda: True) -> None:
+        self._path, self._active, self._may_write = path, active, may_write
         self._lines: list[dict[str, Any]] = []
         self._flushed = time.monotonic()
         self._entered = False  # whether its directory durably has the file
@@ -44,10 +50,16 @@ class Metrics:
                 self.flush()
 
     def flush(self) -> int:
-        """Write what was noted; return the file's size in bytes."""
+        """Write what was noted; return the file's size in bytes.
+
+        Raises:
+            OSError: it was not written, and is kept for the next time.
+        """
         lines = [{name: _plain(value) for name, value in line.items()} for line in self._lines]
         self._flushed = time.monotonic()
         if lines:
+            if not self._may_write():
+                raise OSError(errno.EBUSY, "another segment has taken the run directory over")
             append_lines(self._path, lines)  # where that fails the lines are kept for the next time
             self._lines = []
             for line in lines:

@@ -15,7 +15,9 @@ from chainrun.checkpoint import buckets, objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, resharding, rng, stop, witness, worker
+from chainrun.training import data, resharding, rng, witness, worker
+from chainrun.training.extent import Extent
+from chainrun.training.pace import Pace
 from chainrun.training.position import Pass, Position
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -63,7 +65,7 @@ class Run:
         self.global_step = 0
         self.epoch = 0
         self.state: dict[str, Any] = {}
-        self._saving = Saving(self._run, setting, self._note_saved, self._wake)
+        self._saving = Saving(self._run, setting, self._note_saved, self._wake, self.time_left)
         self._metrics = self._saving.metrics
         self._objects: dict[str, objects.Stateful] = {}
         self._loaders: dict[str, Any] = {}
@@ -71,6 +73,7 @@ class Run:
         self.on_batch: Callable[[str, Any], None] | None = None
         self.on_place: Callable[[], None] | None = None  # told where a checkpoint is taken, or was
         self._ranges: dict[str, dict[str, Any]] = {}
+        self._extent = Extent()
         self._due: Wish | None = None
         self._deferred = False
         self._ended: Wish | None = None
@@ -85,7 +88,8 @@ class Run:
             self._shards = shards.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
             self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
             self.state = state.copied(self._saved["state"])
-            setting.watch["pace"] = stop.Pace(**self.restored_from.manifest["pace"])
+            self._extent = Extent(self.restored_from.manifest.get("total"))
+            setting.watch["pace"] = Pace(**self.restored_from.manifest["pace"])
         self.resumed = self._saved is not None
         target = self._saved and self._saved["position"]
         self._position = Position(target, self._go_on, self._random_state, self._set_random_state)
@@ -93,6 +97,7 @@ class Run:
             **setting.watch,
             stop_file=self._run.stop,
             passed=lambda: self._position.boundaries,
+            step=lambda: self.global_step,
             first_save=self._guess_save_seconds,
             saving=lambda: self._saving.busy,
         )
@@ -506,7 +511,8 @@ class Run:
         return next((chain for chain in self._loaders.values() if chain.loop == owner), None)
 
     def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
-        about = {"epoch": self.epoch, "pace": dict(vars(self._watch.pace)), **about}
+        extent = {key: value for key, value in self.progress().items() if key in ("total", "fraction")}
+        about = {"epoch": self.epoch, **extent, "pace": dict(vars(self._watch.pace)), **about}
         self._saving.save(wish, self.global_step, tree, about)
         self._watch.saved()
 
@@ -559,18 +565,13 @@ class Run:
         self._save(Wish("stop", "end"), self._tree(None), ended=True, result=result)
 
     def progress(self) -> dict[str, Any]:
-        """Return where the training is, for displays: ``step``, ``epoch``, ``fraction`` (or None), ``metrics``."""
-        fraction = None
-        if "steps" in self._ranges and self._ranges["steps"]["of"]:
-            place = self._ranges["steps"]
-            fraction = place["index"] / place["of"]
-        elif "epochs" in self._ranges and self._ranges["epochs"]["of"]:
-            place = self._ranges["epochs"]
-            within = max((chain.fraction() for chain in self._loaders.values()), default=0.0)
-            fraction = min(1.0, (place["index"] + within) / place["of"])
+        """Return where the training is, for displays: ``step total fraction epoch metrics left``, None if unknown."""
+        passes = [chain.passed() for chain in self._loaders.values()]
+        total, fraction = self._extent.look(self.global_step, self._ranges, passes)
         shown = {k: v for k, v in self._metrics.latest.items() if isinstance(v, float) and k != "step"}
         return {
             "step": self.global_step,
+            "total": total,
             "epoch": self.epoch,
             "fraction": fraction,
             "metrics": dict(list(shown.items())[:3]),

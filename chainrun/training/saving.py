@@ -18,7 +18,7 @@ from chainrun import journal
 from chainrun.allocation import Allocation
 from chainrun.checkpoint import reader, writer
 from chainrun.checkpoint.ahead import Ahead, files_of
-from chainrun.checkpoint.image import Staging
+from chainrun.checkpoint.image import CHUNK, RING, Progress, Staging
 from chainrun.checkpoint.layout import Planner
 from chainrun.checkpoint.store import Committed, Store, flaw, read_committed
 from chainrun.checkpoint.writer import Ready
@@ -67,26 +67,38 @@ class Saving:
 
     Args:
         told: called with the seconds that each save took, by that thread.
+        left: returns the seconds until the job is killed.
         wake: called by that thread where `check` has something to raise.
     """
 
     def __init__(
-        self, run: RunDir, setting: Setting, told: Callable[[float], None], wake: Callable[[], None]
+        self,
+        run: RunDir,
+        setting: Setting,
+        told: Callable[[float], None],
+        wake: Callable[[], None],
+        left: Callable[[], float] = lambda: float("inf"),
     ) -> None:
-        self._run, self._setting, self._told, self._wake = run, setting, told, wake
+        self._run, self._setting, self._told, self._wake, self._left = run, setting, told, wake, left
         self._rank = setting.allocation.rank
-        self._store = Store(run)
+        place = setting.allocation
+        # SLURM may start a job again while a start that it has lost still runs
+        self._store = Store(run, f"{place.job}-{place.restart}" if place.scheduler == "slurm" else "")
+        self._store.recycles = setting.background  # a `Run` made by hand is never closed
         self._unready: str | None = None
+        self._is_slow = False  # there is no memory for a copy of the state, and that has been said
         self._is_short = False  # there is no room for the next checkpoint, and that has been said
         self._found: dict[str, Any] | None = None  # what was read of the checkpoint that is looked at
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="chainrun-save")
         self._planner = Planner()
         self._staging = Staging(self._planner)
         self._running: Future[bool] | None = None
+        self._progress = Progress()  # of the save that was begun last
+        self._seconds = 0.0  # that the last committed one took
         self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
         self.newest = Path()
         """The checkpoint that was committed last."""
-        self.metrics = Metrics(run.metrics, active=self._rank == 0)
+        self.metrics = Metrics(run.metrics, active=self._rank == 0, may_write=setting.may_write)
 
     def note(self, event: str, **fields: Any) -> None:
         """Record an event, if this is rank 0; a full disk does not end a training for it."""
@@ -231,6 +243,8 @@ class Saving:
             Locked: another segment has taken the run directory over.
         """
         began = time.perf_counter()
+        if wish.kind == "stop" and self.busy:
+            self._finish_or_give_up()
         self.committed()
         waited = time.perf_counter() - began
         about = {
@@ -247,13 +261,30 @@ class Saving:
                 mine = writer.copied(mine, self._staging)
             except CheckpointError as error:
                 background = False
-                self._setting.say(f"warning: {error}; the training waits while the checkpoint is written")
+                if not self._is_slow:
+                    self._is_slow = True
+                    self._setting.say(
+                        f"warning: {error}; the training waits while a checkpoint is written, which then takes "
+                        f"{RING * CHUNK >> 20} MB"
+                    )
         stall = time.perf_counter() - began if background else None
+        self._progress = Progress()
         self._running = self._thread.submit(
             self._write, wish, step, mine, about, self._unready, waited=waited, stall=stall
         )
         if not background:
             self._running.result()
+
+    def _finish_or_give_up(self) -> None:
+        """Give the save under way up if, of it and of the last one, there is time for one only.
+
+        Where there is time for neither, the older state is the one that is safe soonest. One rank that gives it
+        up is enough, and none waits for it.
+        """
+        rest, left = self._progress.left(self._seconds), self._left()
+        last = self._seconds or rest
+        if last <= left < rest + 1.2 * last:
+            self._progress.abandoned = True
 
     def _write(
         self,
@@ -300,12 +331,14 @@ class Saving:
             path, seconds = self._save(step, mine, about, unready)
             self.newest = path
         except CheckpointError as error:
+            self._hold()  # or that is why
             if wish.kind == "stop":
                 raise
             # older checkpoints are untouched and the training is well: it goes on, and tries again in time
             self.note("unsaved", step=step, reason=str(error))
             setting.say(f"warning: {error}; the training goes on without it")
             return False
+        self._seconds = seconds
         self._told(seconds)
         if self._rank == 0:
             self.note(
@@ -318,6 +351,8 @@ class Saving:
                 **{name: round(value, 3) for name, value in times.items() if value is not None},
                 reason=wish.reason,
             )
+            if wish.kind == "stop":
+                self._store.recycles = False
             with contextlib.suppress(OSError):  # tried again after the next save
                 for _ in self._store.retire(setting.keep, setting.keep_every):
                     pass
@@ -326,24 +361,30 @@ class Saving:
 
     def _save(self, step: int, mine: Ready, about: dict[str, Any], unready: str | None) -> tuple[Path, float]:
         """Write and commit; where the disk or a quota is full, again without the older checkpoints."""
-        group = self._setting.group
+        group, progress = self._setting.group, self._progress
         try:
-            return writer.save(self._store, group, step, mine, about, unready, self._hold, self._planner)
+            return writer.save(
+                self._store, group, step, mine, about, unready, self._hold, self._planner, progress
+            )
         except DiskFullError as error:
             if not group.broadcast(self._make_room(str(error)) if self._rank == 0 else None):
                 raise
-            return writer.save(self._store, group, step, mine, about, unready, self._hold, self._planner)
+            return writer.save(
+                self._store, group, step, mine, about, unready, self._hold, self._planner, progress
+            )
 
     def _make_room(self, why: str) -> bool:
         """Remove all checkpoints but the newest good one, and those kept for ever; return whether there were some."""
         removed = []
+        self._store.recycles = False  # on a disk this full every byte is somebody's
+        dropped = self._store.drop_spare()
         with contextlib.suppress(OSError):  # what was removed until then makes room too
             for each in self._store.retire(1, self._setting.keep_every):
                 removed.append(each.path.name)
         if removed:
             self.note("space", reason=why, removed=removed)
             self._setting.say(f"warning: {why}; removed {', '.join(removed)} to make room")
-        return bool(removed)
+        return dropped or bool(removed)
 
     def _look_for_room(self) -> None:
         """Make room for the next checkpoint while there is time, on rank 0; say so where there is none."""
@@ -356,7 +397,7 @@ class Saving:
 
         def short() -> str | None:
             disk = os.statvfs(self._store.folder)
-            free = disk.f_bavail * disk.f_frsize
+            free = disk.f_bavail * disk.f_frsize + self._store.spare_bytes
             if free >= newest.size * 1.05:
                 return None
             return f"{free / 1e6:.1f} MB are free in {self._store.folder}, a checkpoint needs {newest.size / 1e6:.1f} MB"
@@ -391,6 +432,7 @@ class Saving:
         with contextlib.suppress(BaseException):
             self.committed()
         self._thread.shutdown()
+        self._store.drop_spare()
         with contextlib.suppress(OSError):  # a full disk: what counts is in the checkpoint
             self.metrics.flush()
 

@@ -12,14 +12,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
+from chainrun.training.pace import Pace
+
 TICK = 0.1  # seconds between two looks of the watch
 REREAD_END = 60.0  # seconds between two questions for the job's end: limits are changed while jobs run
 ASK_AGAIN = 2.0  # seconds for which an answer holds when the end seems to have come
+SOON = 1.0  # seconds, generously, that all ranks need to settle on a boundary
 FAR = 90.0  # a warning signal that comes this long before the job's end is not the walltime's
 
 
@@ -61,11 +64,35 @@ def kill(workers: list[Any]) -> None:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """How many seconds before the job's end a segment stops, and what they are for; in seconds."""
+
+    seconds: float
+    gap: float = 0.0
+    """For what may come before the next boundary; 0, as the others, where the experiment says how many in all."""
+    save: float = 0.0
+    """For the checkpoint."""
+    margin: float = 0.0
+    """For the handoff, and for what nobody foresees."""
+    most: float = 0.0
+    """Not more than so many, a quarter of the job's time."""
+
+    def __str__(self) -> str:
+        if not self.margin:
+            return f"{self.seconds:.3g} s before the end, as configured"
+        parts = f"{self.gap:.3g} s for what comes before the next boundary, {self.save:.3g} s to save, {self.margin:.3g} s of margin"
+        cut = ", but at most a quarter of the job" if self.most == self.seconds else ""
+        return f"{self.seconds:.3g} s before the end: {parts}{cut}"
+
+
+@dataclass(frozen=True)
 class Wish:
     """What is to happen at a boundary, and why."""
 
     kind: Literal["save", "stop"]
     reason: str
+    lead: dict[str, float] = field(default_factory=dict)
+    """Of the walltime: the fields of `Lead`."""
 
 
 class SegmentEnd(BaseException):
@@ -91,19 +118,6 @@ class Agreement(Protocol):
     def posted(self, round_: int) -> int | None: ...
 
 
-@dataclass
-class Pace:
-    """What was learned of the training's rhythm; kept over the segments."""
-
-    longest_gap: float = 0.0
-    """Seconds between two boundaries, at most."""
-    save_seconds: float = 0.0
-    """Of the slowest recent save; 0 while none was made."""
-
-    def note_save(self, seconds: float) -> None:
-        self.save_seconds = max(seconds, 0.8 * self.save_seconds)
-
-
 class Watch:
     """The side thread of one rank.
 
@@ -114,6 +128,7 @@ class Watch:
         every: seconds between two periodic saves, None for none.
         lead: seconds before the job's end at which to stop, None to work it out from the pace.
         passed: the number of boundaries this rank has passed.
+        step: the present global step.
         saving: whether a save is under way.
         beat: called about once a second, with a wish's kind or None.
         agreement: None for a single rank.
@@ -129,6 +144,7 @@ class Watch:
         every: float | None,
         lead: float | None,
         passed: Callable[[], int],
+        step: Callable[[], int],
         first_save: Callable[[], float],
         saving: Callable[[], bool],
         beat: Callable[[], None],
@@ -142,7 +158,8 @@ class Watch:
         """Something is due: the loop must call `decide` at its next boundary."""
         self.pace = pace
         self._signals, self._end_of_job, self._stop_file = signals, end, stop_file
-        self._every, self._lead, self._passed, self._first_save = every, lead, passed, first_save
+        self._every, self._lead, self._first_save = every, lead, first_save
+        self._passed, self._step = passed, step
         self._saving, self._beat, self._agreement, self._leads = saving, beat, agreement, leads
         self._wall, self._monotonic = wall, monotonic
         self._over = threading.Event()
@@ -154,7 +171,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         now = monotonic()
         self._began = self._last_save = self._moved = self._beaten = now
-        self._seen = 0
+        self._seen = self._seen_step = 0
         self._end: float | None = None  # on the monotonic clock, which does not jump
         self._said: float | None = None  # the same in seconds since the epoch, as it was answered
         self._end_read = -REREAD_END
@@ -194,14 +211,16 @@ class Watch:
         """Seconds until the job is killed; infinite where it has no limit."""
         return float("inf") if self._end is None else self._end - self._monotonic()
 
-    def lead(self) -> float:
-        """Seconds before the job's end at which the segment stops."""
+    def lead(self) -> Lead:
+        """Return how many seconds before the job's end the segment stops, and why so many."""
         if self._lead is not None:
-            return self._lead
+            return Lead(self._lead)
         limit = float("inf") if self._end is None else self._end - self._began
-        save = self.pace.save_seconds or self._first_save()
         margin = min(15.0, max(1.0, 0.02 * limit))
-        return min(1.5 * self.pace.longest_gap + 1.5 * save + margin, max(0.25 * limit, margin))
+        gap = 1.1 * self.pace.gap(self._step(), SOON)
+        save = 1.5 * (self.pace.save_seconds or self._first_save())
+        most = max(0.25 * limit, margin)
+        return Lead(min(gap + save + margin, most), gap, save, margin, most)
 
     # ---- the side thread -----------------------------------------------------------------------
 
@@ -220,20 +239,20 @@ class Watch:
         now = self._monotonic()
         warned = self._signals.warned and not self._warned
         due = (
-            self.time_left() <= self.lead() and now - self._end_read >= ASK_AGAIN
+            self.time_left() <= self.lead().seconds and now - self._end_read >= ASK_AGAIN
         )  # it may have been put off
         if warned or due or now - self._end_read >= REREAD_END:
             self._warned = self._signals.warned
             self._read_end()
             if (
-                warned and self.time_left() <= FAR + self.lead()
+                warned and self.time_left() <= FAR + self.lead().seconds
             ):  # the walltime's: from here on the clock decides
                 self._signals.warned = self._warned = False
         passed = self._passed()
         if passed != self._seen:
             if self._seen:  # what comes before the first boundary is warm-up, not a gap
-                self.pace.longest_gap = max(self.pace.longest_gap, now - self._moved)
-            self._seen, self._moved = passed, now
+                self.pace.note_gap(now - self._moved, passed - self._seen, self._seen_step)
+            self._seen, self._moved, self._seen_step = passed, now, self._step()
         if now - self._beaten >= 1.0:
             self._beaten = now
             self._beat()
@@ -255,9 +274,9 @@ class Watch:
             self._stop_looked = now
             if self._stop_file.exists():
                 return Wish("stop", "cancelled")
-        left = self.time_left()
-        if left <= self.lead():
-            return Wish("stop", "walltime")
+        lead = self.lead()
+        if self.time_left() <= lead.seconds:
+            return Wish("stop", "walltime", asdict(lead))
         if self._signals.warned and self._warned:  # not the walltime's
             return Wish("stop", "signal")
         due = self._leads and self._every is not None and now - self._last_save >= self._every

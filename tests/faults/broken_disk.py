@@ -51,11 +51,12 @@ def remove(path):
 def remove_in_a_save(run, path):
     """Remove a directory as soon as a save has written its file, and before it goes on."""
     fault("fsync", "rank-00000.pt", 0, 1, -500)
+    before = set(run.dir.glob("checkpoints/step-*.tmp"))  # what is kept to be written over
 
     def when_it_is_there():
-        while not list(run.dir.glob("checkpoints/step-*.tmp/rank-*")):
+        while not [one for one in run.dir.glob("checkpoints/step-*.tmp/rank-*") if one.parent not in before]:
             time.sleep(0.01)
-        remove(next(run.dir.glob(path)))
+        remove(next(one for one in run.dir.glob(path) if one not in before))
 
     threading.Thread(target=when_it_is_there).start()
 
