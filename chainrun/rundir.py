@@ -209,6 +209,8 @@ def open_run(path: Path) -> RunDir:
     run = RunDir(path.absolute())
     if not run.experiment.is_file():
         what = "holds no experiment.yaml" if path.is_dir() else "does not exist"
+        if is_group(path):
+            what = f"is a group of runs, of a sweep; give one of them: {path}/…"
         raise UsageError(
             f"{path} is not a run directory: it {what}; give the folder that submit or run named"
         )

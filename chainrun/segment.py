@@ -18,6 +18,7 @@ from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
 from chainrun.errors import ChainrunError, RankFailed
 from chainrun.lock import BEAT, Lock, Locked
+from chainrun.project import git_state
 from chainrun.rundir import RunDir, read_json, write_durably
 from chainrun.training.pace import Pace
 from chainrun.training.stop import Lead, SegmentEnd, Signals
@@ -231,7 +232,7 @@ class _Segment:
         frozen = snapshot.frozen_git(self._run)
         if frozen is not None:
             return frozen
-        return snapshot.git_state(source.path.parent if source.path else self._run.path)
+        return git_state(source.path.parent if source.path else self._run.path)
 
     def _say(self, line: str) -> None:
         """Print a line, or keep it until the segment's first one is printed."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from chainrun import cli, function, journal, snapshot
+from chainrun import project as project_module
 from chainrun.errors import UsageError
 from chainrun.experiment import from_dict
 from chainrun.launch import submit
@@ -84,12 +85,12 @@ def test_a_run_does_not_see_that_its_files_change_or_vanish(project):
 def test_tracked_changed_and_new_files_are_frozen_and_data_is_linked(project):
     """Git's list is what is copied, with what can be imported beside it; the runs themselves are not."""
     prepare(project)
-    (project / "big.bin").write_bytes(bytes(snapshot.LARGE + 1))
+    (project / "big.bin").write_bytes(bytes(project_module.LARGE + 1))
     run, _ = submit.prepare(
         from_dict({"name": "two", "function": "train.py:train", "dir": "runs"}, project), project
     )
     frozen = json.loads(run.frozen.read_text())
-    names = {".gitignore", "train.py", "helper.py", "new.py", "_version.py", "here.txt", "exp.yaml"}
+    names = {".gitignore", "train.py", "helper.py", "new.py", "_version.py", "here.txt"}
     assert set(frozen["files"]) == names
     assert frozen["large"] == ["big.bin"]
     assert (run.code / "helper.py").read_text() == HELPER.format(2)
@@ -110,10 +111,13 @@ def test_a_change_of_the_code_is_shown_and_taken_only_with_override(project, cap
     assert "since then" not in capsys.readouterr().err
     (project / "helper.py").write_text(HELPER.format(3))
     (project / "new.py").unlink()
+    (project / "exp.yaml").write_text('{"function": "train.py:train", "seed": 1}')
+    (project / "README.md").write_text("prose")
     assert prepare(project)[1] == "continued"
     said = capsys.readouterr().err
     assert "helper.py: changed" in said
     assert "new.py: deleted" in said
+    assert not {"exp.yaml", "README.md"} & set(said.replace(":", " ").split())
     assert "--override" in said
     assert (run.code / "helper.py").read_text() == HELPER.format(2)
     prepare(project, override=True, keep_code=True)
@@ -166,7 +170,7 @@ def test_without_git_the_python_files_of_the_folder_are_frozen(tmp_path, monkeyp
 
 def test_a_folder_of_very_many_folders_gives_only_its_own_files(tmp_path, monkeypatch, capsys):
     """A function in a home directory does not make a submission walk all of it, and the message says so."""
-    monkeypatch.setattr(snapshot, "_MOST_FOLDERS", 5)
+    monkeypatch.setattr(project_module, "_MOST_FOLDERS", 5)
     for number in range(10):
         (tmp_path / f"d{number}").mkdir()
         (tmp_path / f"d{number}" / "x.py").write_text("")

@@ -21,6 +21,7 @@ LAYERS = [
             "yamlfile",
             "experiment",
             "function",
+            "project",
             "snapshot",
             "shipped",
             "sweep",

@@ -221,6 +221,7 @@ def test_a_chain_that_does_not_finish_says_why(tmp_path, monkeypatch):
     (tmp_path / "fails.py").write_text("def train(run):\n    raise ValueError('no luck')\n")
     chain = chainrun.run("fails.py:train", dir="runs")
     assert (chain.state, chain.wait(0)) == ("failed", "failed")
+    assert repr(chain) == f"<Chain {tmp_path}/runs/train: failed>"
     with pytest.raises(chainrun.ChainFailed, match=r"is failed: ValueError: no luck.*chainrun logs"):
         chain.result()
     assert chain.checkpoints == []
@@ -240,12 +241,12 @@ import chainrun
 def train(run: chainrun.Run, lr: float = 0.1) -> dict[str, float]:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    data: list[torch.Tensor] = [torch.rand(2) for _ in range(4)]
-    loader = chainrun.DataLoader(data, batch_size=2, shuffle=True)  # type: ignore[arg-type]
+    data = torch.utils.data.TensorDataset(torch.rand(4, 2))
+    loader = chainrun.DataLoader(data, batch_size=2, shuffle=True)
     run.register(model=model, optimizer=optimizer, loader=loader)
     best: float = run.state.get("best", 0.0)
     for epoch in run.epochs(2):
-        for x in loader:
+        for (x,) in loader:
             loss = model(x).sum()
             run.step(loss=loss)
     step: int = run.global_step

@@ -66,8 +66,8 @@ class Chain:
                 return state
             if state != "stopped":
                 stopped = now
-            elif now - stopped > _GRACE:
-                return state
+            elif now - stopped > _GRACE or self._run.halted.exists() or not submit.jobs_of(self._run):
+                return state  # a chain of this machine has ended when its command has
             if timeout is not None and now - began > timeout:
                 raise TimeoutError(f"{self.path} is {state} after {timeout} s")
             time.sleep(0.5)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from chainrun import experiment, journal
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE, ChainrunError, ClusterError
-from chainrun.launch import cancel, local, slurm, submit
+from chainrun.launch import cancel, freeze, local, slurm, submit
 from chainrun.lock import holder
 from chainrun.rundir import GroupDir, RunDir, write_durably
 from chainrun.segment import say
@@ -156,7 +156,7 @@ def _prepare(
     found: Sweep, base: Path, *, override: bool, keep_code: bool
 ) -> tuple[GroupDir, list[RunDir], int]:
     """Make the run directories; return those that may be started, and how many were refused."""
-    project = submit.survey(found.points[0].experiment, base)
+    project = freeze.survey(found.points[0].experiment, base)
     group = found.write()
     for marker in (group.stop, group.halted):
         marker.unlink(missing_ok=True)

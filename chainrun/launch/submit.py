@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from typing import Any
 from chainrun import breakers, experiment, function, journal, snapshot
 from chainrun.errors import ClusterError, ExperimentError, UsageError
 from chainrun.experiment import Experiment
-from chainrun.launch import slurm
+from chainrun.launch import freeze, slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
+from chainrun.project import Project
 from chainrun.rundir import RunDir, fsync_file, is_group, write_durably
-from chainrun.segment import say
-from chainrun.shipped import Shipped, shipped_before
+from chainrun.shipped import Shipped
 
 _SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
 _TIMED_OUT = 124  # what timeout(1) ends with
@@ -49,7 +49,7 @@ def prepare(
     override: bool = False,
     keep_code: bool = False,
     shipped: Shipped | None = None,
-    project: snapshot.Project | None = None,
+    project: Project | None = None,
 ) -> tuple[RunDir, str]:
     """Create the run directory of an experiment, or open it to go on.
 
@@ -74,7 +74,7 @@ def prepare(
             f"{run.path} is a group of runs, a sweep; choose another name or dir for a single run"
         )
     if not run.experiment.exists():
-        create(run, described, _survey(described, base, shipped, project), shipped)
+        create(run, described, freeze.look(described, base, shipped, project), shipped)
         return run, "new"
     changes = experiment.diff(experiment.load(run.experiment), described)
     if changes and not override:
@@ -86,12 +86,12 @@ def prepare(
     if run.done.exists():
         return run, "done"
     _nobody_carries(run)
-    look = partial(_survey, described, base, shipped, project)
-    project = _changed_code(run, look, shipped, override=override, keep_code=keep_code)
+    look = partial(freeze.look, described, base, shipped, project)
+    project = freeze.changed_code(run, look, shipped, override=override, keep_code=keep_code)
     run.create()
     if project is not None:
-        _freeze(run, project, shipped)
-        _note_code(run, project)
+        freeze.freeze(run, project, shipped)
+        freeze.note(run, project)
     if changes:
         source = snapshot.frozen_source(run)
         assert source is not None
@@ -124,86 +124,10 @@ def _nobody_carries(run: RunDir) -> None:
         )
 
 
-def survey(described: Experiment, base: Path) -> snapshot.Project | None:
-    """Look at the code as it is now, for many runs of it; None where it is not there any more."""
-    try:
-        return snapshot.survey(function.find_function(described, base), described.dir)
-    except ExperimentError:
-        if not RunDir(described.run_dir).frozen.exists():
-            raise
-        return None
-
-
-def _survey(
-    described: Experiment, base: Path, shipped: Shipped | None, project: snapshot.Project | None
-) -> snapshot.Project:
-    """Look at the code as it is now; the function must be there, and take the arguments."""
-    if shipped is not None:
-        shipped.check_arguments(described.args)
-        return snapshot.survey_folder(shipped.source, Path.cwd(), None, described.dir)
-    source = project.source if project else function.find_function(described, base)
-    function.check_arguments(source, described.args)
-    return project or snapshot.survey(source, described.dir)
-
-
-def _changed_code(
-    run: RunDir,
-    look: Callable[[], snapshot.Project],
-    shipped: Shipped | None,
-    *,
-    override: bool,
-    keep_code: bool,
-) -> snapshot.Project | None:
-    """Compare the code with what is frozen; return the project where it is to be frozen anew."""
-    new = not run.frozen.exists()
-    try:
-        project = look()
-    except ExperimentError as error:
-        if new or (override and not keep_code):
-            raise
-        drift = [] if shipped_before(run) else [str(error)]
-    else:
-        if new:
-            return project
-        drift = snapshot.differences(run, project) + ([] if shipped is None else shipped.differences(run))
-    packages = snapshot.changed_packages(run)
-    if packages:
-        say(f"the environment is not that of the submission:{snapshot.shorten(packages)}")
-    if not drift:
-        return None
-    if override and not keep_code:
-        say(f"{run.path} goes on with the code as it is now:{snapshot.shorten(drift)}")
-        return project
-    if run.failed.exists() and not keep_code:
-        raise UsageError(
-            f"{run.path} failed, and its code has changed since it was submitted:{snapshot.shorten(drift)}\n"
-            "to go on with the changed code, say because it is corrected: --override; with the code as it was "
-            "submitted: --frozen"
-        )
-    say(
-        f"{run.path} goes on with the code that was submitted, from {run.code}; since then:{snapshot.shorten(drift)}\n"
-        "to go on with the code as it is now: --override"
-    )
-    return None
-
-
-def _freeze(run: RunDir, project: snapshot.Project, shipped: Shipped | None) -> None:
-    try:
-        snapshot.freeze(run, project)
-        if shipped is not None:
-            shipped.write(run)
-    except OSError as error:
-        raise UsageError(f"the code could not be frozen in {run.code}: {error}") from error
-
-
-def _note_code(run: RunDir, project: snapshot.Project) -> None:
-    journal.record(run, "code", files=len(project.files), root=str(project.root), **project.git)
-
-
 def create(
     run: RunDir,
     described: Experiment,
-    project: snapshot.Project | None = None,
+    project: Project | None = None,
     shipped: Shipped | None = None,
 ) -> None:
     """Make the run directory of an experiment, with the experiment and the code frozen in it.
@@ -213,11 +137,11 @@ def create(
     """
     run.create()
     if project is not None:
-        _freeze(run, project, shipped)
+        freeze.freeze(run, project, shipped)
     journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
     fsync_file(run.journal)  # the id is for the run's whole life
     if project is not None:
-        _note_code(run, project)
+        freeze.note(run, project)
     write_durably(run.experiment, experiment.to_yaml(described).encode())  # last: it makes this a run
 
 

@@ -23,12 +23,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from chainrun import experiment, function, journal, snapshot
+from chainrun import experiment, function, journal
 from chainrun.checkpoint.store import Store
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ChainrunError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import causes, chain, local, submit
 from chainrun.launch.causes import Cause, Evidence, Line
+from chainrun.project import Project
 from chainrun.rundir import RunDir, read_lines
 from chainrun.shipped import Shipped
 
@@ -218,7 +219,7 @@ class _Piece:
             ChainrunError: the function fails from its beginning, or takes no step.
         """
         # a file's function is run from where it is: nothing of the project is copied
-        project = snapshot.Project(self._shipped.source, Path.cwd()) if self._shipped else None
+        project = Project(self._shipped.source, Path.cwd()) if self._shipped else None
         submit.create(self.dir, self.described, project, self._shipped)
         if whole is not None:
             source = next(c for c in Store(whole.dir).committed() if c.step == cut)
