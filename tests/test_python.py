@@ -219,13 +219,13 @@ def test_a_chain_that_does_not_finish_says_why(tmp_path, monkeypatch):
     """`result()` raises with the state, the error and where to look; `wait` gives the state."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fails.py").write_text("def train(run):\n    raise ValueError('no luck')\n")
-    chain = chainrun.run("fails.py:train", dir="runs")
-    assert (chain.state, chain.wait(0)) == ("failed", "failed")
-    assert repr(chain) == f"<Chain {tmp_path}/runs/train: failed>"
+    failed = chainrun.run("fails.py:train", dir="runs")
+    assert (failed.state, failed.wait(0)) == ("failed", "failed")
+    assert repr(failed) == f"<Chain {tmp_path}/runs/train: failed>"
     with pytest.raises(chainrun.ChainFailed, match=r"is failed: ValueError: no luck.*chainrun logs"):
-        chain.result()
-    assert chain.checkpoints == []
-    chain.cancel()
+        failed.result()
+    assert failed.checkpoints == []
+    failed.cancel()
     with pytest.raises(UsageError, match="is not a run directory"):
         chainrun.Chain(tmp_path / "nothing")
 

@@ -65,12 +65,12 @@ def changed_code(
     if run.failed.exists() and not keep_code:
         raise UsageError(
             f"{run.path} failed, and its code has changed since it was submitted:{snapshot.shorten(drift)}\n"
-            "to go on with the changed code, say because it is corrected: --override; with the code as it was "
-            "submitted: --frozen"
+            "to go on with the changed code, say because it is corrected: --override (override=True from Python); "
+            "with the code as it was submitted: --frozen (frozen=True)"
         )
     say(
         f"{run.path} goes on with the code that was submitted, from {run.code}; since then:{snapshot.shorten(drift)}\n"
-        "to go on with the code as it is now: --override"
+        "to go on with the code as it is now: --override (override=True from Python)"
     )
     return None
 

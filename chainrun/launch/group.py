@@ -122,8 +122,10 @@ def pass_on(run: RunDir) -> None:
 
 
 def _pass_on(group: GroupDir, run: RunDir) -> None:
+    if next(_unclaimed(group), None) is None:  # SLURM need not be asked
+        return
     for ended in _ended(group, run):
-        if group.stop.exists() or not any(_unclaimed(group)):
+        if group.stop.exists():
             return
         passed = _marks(group, ended)[1]
         if not _make(passed):
@@ -133,6 +135,7 @@ def _pass_on(group: GroupDir, run: RunDir) -> None:
             return
         why = _start(following)
         if why is None:
+            group.halted.unlink(missing_ok=True)
             say(f"{ended.path.name} has ended: {following.path.name} of the same group was submitted")
             continue
         for mark in (_marks(group, following)[0], passed):  # for the next one to try again
