@@ -48,6 +48,8 @@ class Project:
     installed: dict[str, str] = field(default_factory=dict)
     keep_out: Path | None = None
     """A folder of runs inside of the project."""
+    copies: list[Path] = field(default_factory=list, compare=False)
+    """Where it was copied to already, as for other runs of a sweep: their files are shared."""
 
 
 def survey_source(source: FunctionSource, runs: Path) -> Project:

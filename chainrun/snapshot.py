@@ -14,6 +14,7 @@ to work.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -45,6 +46,11 @@ def freeze(run: RunDir, project: Project) -> None:
     for name in project.files:
         to = new / name
         to.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            if project.copies:
+                os.link(project.copies[0] / name, to)
+                files[name] = project.files[name]
+                continue
         try:
             content = (project.root / name).read_bytes()
             to.write_bytes(content)
@@ -58,6 +64,8 @@ def freeze(run: RunDir, project: Project) -> None:
     os.rename(new, run.code)
     shutil.rmtree(old, ignore_errors=True)
     fsync_dir(run.path)
+    if files == project.files:  # else they have changed meanwhile
+        project.copies.append(run.code)
     source = project.source
     path = source.path and str(source.path)
     if path and files:

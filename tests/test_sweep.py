@@ -146,6 +146,8 @@ def test_run_goes_on_after_a_point_that_fails(folder, capsys, monkeypatch):
     found = GroupDir(folder / "runs" / "exp")
     assert [run.done.exists() for run in found.runs()] == [False, True]
     assert json.loads(found.runs()[1].result.read_text()) == {"lr": 0.2, "seed": 0}
+    one, other = (run.code / "train.py" for run in found.runs())
+    assert one.samefile(other)  # a thousand points have one copy of the project
     written = json.loads(found.sweep.read_text())
     assert written["axes"] == {"args.lr": [0.1, 0.2]}
     assert written["points"][1] == {"name": "lr=0.2", "values": {"args.lr": 0.2}}
