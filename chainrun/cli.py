@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--object", metavar="NAME", help="the registered object (default: the only module)")
     export.set_defaults(command=_export)
 
-    cancel = commands.add_parser("cancel", help="save and end a run for good")
+    cancel = commands.add_parser("cancel", help="save and end a run for good, or all runs of a sweep")
     cancel.add_argument("dir", type=Path, metavar="DIR")
     cancel.set_defaults(command=_cancel)
 

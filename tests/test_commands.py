@@ -56,7 +56,7 @@ class Exp:
 
     def finish(self, *words: str, code: int = 0, **options) -> str:
         """Run `chainrun run` to its end; return what it said."""
-        found = self.start(*words, **options).wait(90)
+        found = self.start(*words, **options).wait(300)
         said = self.said()
         assert found == code, said
         (self.folder / "log").unlink()
