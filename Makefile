@@ -3,12 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test crash check format setup slurm clean
+CHROMIUM ?= chromium
+
+.PHONY: demo test crash check format setup integrations slurm screenshot clean
 
 demo: setup            ## train the digits example as a chain and compare it bit for bit
 	$(BIN)/chainrun demo
 
-test: setup slurm      ## all tests; those that need SLURM are skipped where it cannot be installed
+test: setup integrations slurm  ## all tests; those that need SLURM are skipped where it cannot be installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some dozens of each
@@ -33,6 +35,12 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+integrations: $(VENV)/.integrations
+
+$(VENV)/.integrations: requirements-integrations.lock $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.lock
+	touch $@
+
 # A real SLURM for the tests, from the system's packages; gcc builds the tests' clock shim (slurm/README.md).
 slurm:
 	@if command -v slurmctld >/dev/null && command -v munged >/dev/null && command -v gcc >/dev/null; then :; \
@@ -43,6 +51,16 @@ slurm:
 	  sudo -n apt-get update -qq && sudo -n apt-get install -qq -y --no-install-recommends slurm-wlm munge gcc libc6-dev >/dev/null || \
 	  echo "slurm-wlm and munge could not be installed: the tests that need SLURM are skipped"; \
 	fi
+
+# The pages that the tests have kept, as a browser shows them (apt-get install chromium).
+screenshot:
+	@for page in artifacts/*/*.html; do \
+	  profile=$$(mktemp -d); \
+	  $(CHROMIUM) --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
+	    --user-data-dir=$$profile --window-size=1200,2800 --screenshot=$${page%.html}-browser.png \
+	    "file://$(CURDIR)/$$page" 2>/dev/null && echo $${page%.html}-browser.png; \
+	  rm -rf $$profile; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -11,8 +11,12 @@ def _no_end() -> float | None:
     return None
 
 
-def _unknown(job: str) -> str:
+def _unknown(job: str, nodes: Sequence[str], began: float) -> str:
     return ""
+
+
+def _not_queued() -> dict[str, float]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,12 @@ class Allocation:
     """This process's node among them."""
     gpus: int = 0
     """GPUs of the whole job."""
-    ended: Callable[[str], str] = _unknown
-    """Asks in which state an earlier job ended; empty where nobody knows."""
+    ended: Callable[[str, Sequence[str], float], str] = _unknown
+    """Asks in which state an earlier start of a job ended, given the job, its nodes and when it began; empty where
+    nobody knows."""
+    queued: Callable[[], dict[str, float]] = _not_queued
+    """When the job was ``submitted``, ``eligible`` and ``granted`` its nodes, in seconds since the epoch, as far as
+    the scheduler has said so by now; asks nobody."""
     end: Callable[[], float | None] = _no_end
     """Asks when the job will be killed: seconds since the epoch, None where there is no limit."""
     interrupt_at: frozenset[int] = frozenset()

@@ -112,6 +112,19 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true", help="print all of it as JSON")
     show.set_defaults(command=_show)
 
+    report = commands.add_parser(
+        "report", help="one page of a run, or of a folder of runs: time, cost, curves"
+    )
+    report.add_argument("dir", type=Path, metavar="DIR")
+    report.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="NAME.html, with NAME.png beside it, or NAME.png alone (default: report.html in DIR)",
+    )
+    report.set_defaults(command=_report)
+
     export = commands.add_parser("export", help="write a checkpoint's weights as a safetensors file")
     export.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     export.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="NAME.safetensors")
@@ -286,6 +299,12 @@ def _show(options: argparse.Namespace) -> int:
                 f"--{option} is for a checkpoint, and {path} is a run: give one of {run.checkpoints}/step-…"
             )
     return inspect_runs.show(run, as_json=options.json)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from chainrun import report
+
+    return report.command(options.dir, options.output)
 
 
 def _export(options: argparse.Namespace) -> int:

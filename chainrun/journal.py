@@ -4,13 +4,16 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 
 =============  =======================================================================================
 ``start``      a SLURM job starts, before anything else: ``job restart nodes gpus``
-``lost``       a job was killed without a word, as the next one sees: ``job restart segment state last_seen``
+``lost``       a job was killed without a word, as the next one sees: ``job restart segment state last_seen
+               step``
 ``segment``    a segment starts: ``segment job restart host world_size resumed step checkpoint seconds``
+``trains``     a segment's first step is done: ``segment step seconds``, of this step since the restore, and
+               what SLURM says of when the job was ``submitted eligible granted``
 ``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds waited stall reason``; of the
                training, ``waited`` is what it stood still for the save before and ``stall`` in all; a save
                without ``stall`` was not made beside it
-``created``    the run directory is made: ``id``
-``submitted``  a job is submitted: ``job``
+``created``    the run directory is made: ``id format version``
+``submitted``  a job is submitted: ``job``, and of a person's own script the ``command``
 ``space``      there is no room for the next checkpoint: ``reason removed``
 ``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``
@@ -20,6 +23,9 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``deferred``   a stop or save waits for a place where it is exact: ``step reason``
 ``stop``       a segment ends at a boundary: ``segment step reason unused_seconds lead``; of a walltime ``lead`` has
                the ``seconds`` before the job's end at which to stop, and what for: ``gap save margin`` (s)
+``taken``      SLURM takes its nodes from a job that saved in time: ``job restart state``, a preemption (PREEMPTED),
+               a failed node (NODE_FAIL) or somebody's requeue (REQUEUED)
+``warning``    of what the function forgets (to register, to call `step`): ``segment step reason``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
 ``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
                retry``
@@ -170,7 +176,7 @@ def tell(event: dict[str, Any]) -> str | None:
         return f"no checkpoint at step {event['step']}: {event['reason']}"
     if kind == "deferred":
         return f"a stop or save at step {event['step']} waits: {event['reason']}"
-    if kind == "boundless":
+    if kind == "warning":
         return f"warning: {event['reason']}"
     if kind == "done":
         return f"done after {event['step']} steps and {event['segment']} segments"

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import breakers, experiment, function, journal, pace, snapshot
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
-from chainrun.errors import ChainrunError, RankFailed
+from chainrun.errors import ChainrunError, RankFailed, UsageError
 from chainrun.lock import BEAT, Lock, Locked
 from chainrun.project import git_state
-from chainrun.rundir import RunDir, read_json, write_durably
-from chainrun.training.pace import Pace
+from chainrun.rundir import RunDir, check_format, read_json, write_durably
+from chainrun.training.rhythm import Pace
 from chainrun.training.stop import Lead, SegmentEnd, Signals
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ def run_segment(
         return Outcome("idle", "the run has failed")
     if run.halted.exists():
         return Outcome("idle", "the chain has stopped")
+    try:
+        check_format(run)
+    except UsageError as error:  # the run is well, and not ours to write into
+        say(str(error))
+        return Outcome("locked", str(error))
     segment = _Segment(run, allocation, signals, began)
     try:
         return segment.carry()
@@ -178,8 +183,12 @@ class _Segment:
             },
             environment=environment.facts(allocation, self._git(source)) if allocation.rank == 0 else {},
             may_write=lambda: not self._locked or self._lock.held(),
+            trains=self._trains if allocation.rank == 0 else lambda seconds: None,
             say=self._say if allocation.rank == 0 else lambda line: None,
         )
+        if allocation.rank == 0:  # one run there too; what a person has set counts
+            os.environ.setdefault("WANDB_RUN_ID", setting.id)
+            os.environ.setdefault("WANDB_RESUME", "allow")
         began = time.perf_counter()
         self.training = training = Run(run.path, setting=setting)
         self._ahead.close()
@@ -226,6 +235,14 @@ class _Segment:
             self._control.returned()
         result = _plain(result)
         training._finish(result)
+        if not training.passed_a_boundary and allocation.rank == 0:
+            why = (
+                f"{described.function.rpartition(':')[2]}() returned without one step boundary, so no checkpoint could "
+                "be taken on its way and a walltime would have killed it; call run.step() after every optimizer step, "
+                "or loop over run.steps(n)"
+            )
+            self.note("warning", segment=self.number, step=training.global_step, reason=why)
+            say(f"warning: {why}")
         return self._done(result)
 
     def _git(self, source: function.FunctionSource) -> dict[str, str]:
@@ -257,17 +274,18 @@ class _Segment:
         before = breakers.starts(list(journal.events(run)))[-1:]
         if before and before[0].end is None:
             job, restart = before[0].event["job"], before[0].event["restart"]
-            seen = (journal.last(run) or {})["time"]
+            seen, step = (journal.last(run) or {})["time"], None
             if (holder.get("job"), holder.get("restart")) == (job, restart):
-                seen = max(seen, holder["time"])
+                seen, step = max(seen, holder["time"]), holder.get("step")
             journal.record(
                 run,
                 "lost",
                 job=job,
                 restart=restart,
                 segment=before[0].segment,
-                state="" if job == allocation.job else allocation.ended(job),
+                state=allocation.ended(job, before[0].event["nodes"], before[0].event["time"]),
                 last_seen=seen,
+                step=step,
             )
         journal.record(
             run,
@@ -277,6 +295,13 @@ class _Segment:
             nodes=list(allocation.nodes),
             gpus=allocation.gpus,
         )
+
+    def _trains(self, seconds: float | None) -> None:
+        """Record that the first step is done."""
+        assert self.training is not None
+        took = None if seconds is None else round(seconds, 3)
+        step, queued = self.training.global_step, self._allocation.queued()
+        self.note("trains", segment=self.number, step=step, seconds=took, **queued)
 
     def _done(self, result: Any) -> Outcome:
         assert self.training is not None

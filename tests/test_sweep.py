@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -219,6 +220,18 @@ def test_the_end_of_a_chain_submits_the_next_and_only_once(queue):
     queue.end(runs[5], runs[5].done)
     group.pass_on(runs[5])
     assert len(queue.submitted) == 7
+
+
+def test_the_next_point_gets_nothing_that_the_last_one_put_into_the_environment(queue, monkeypatch):
+    """sbatch hands the environment on: a tracker's id of one run must not become the next one's."""
+    runs = start("seed=range(3)")
+    before = dict(os.environ)
+    monkeypatch.setenv("WANDB_RUN_ID", "seed=0-1234")
+    seen = []
+    monkeypatch.setattr(submit, "submit_job", lambda *_: seen.append(os.environ.get("WANDB_RUN_ID")))
+    queue.end(runs[0], runs[0].done)
+    group.pass_on(runs[0], before)
+    assert (seen, os.environ["WANDB_RUN_ID"]) == ([None], "seed=0-1234")
 
 
 def test_chains_that_end_at_the_same_time_start_different_points(queue):

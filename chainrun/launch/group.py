@@ -9,8 +9,9 @@ word passes nothing on; any other job of the group that starts or ends sees that
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from chainrun import experiment, journal
@@ -111,17 +112,21 @@ def cancel_group(path: Path) -> int:
     return EXIT_DONE
 
 
-def pass_on(run: RunDir) -> None:
-    """Start as many points of the run's group as chains of it have ended; called by jobs, at their start and end."""
+def pass_on(run: RunDir, environment: Mapping[str, str] | None = None) -> None:
+    """Start as many points of the run's group as chains of it have ended; called by jobs, at their start and end.
+
+    Args:
+        environment: what the next jobs get, where the present one was changed for this run, by trackers' ids say.
+    """
     group = GroupDir(run.path.parent)
     if group.sweep.is_file():
         try:
-            _pass_on(group, run)
+            _pass_on(group, run, environment)
         except (OSError, ChainrunError) as error:  # the run itself is well
             say(f"the next of the group {group.path} could not be started: {error}")
 
 
-def _pass_on(group: GroupDir, run: RunDir) -> None:
+def _pass_on(group: GroupDir, run: RunDir, environment: Mapping[str, str] | None) -> None:
     if next(_unclaimed(group), None) is None:  # SLURM need not be asked
         return
     for ended in _ended(group, run):
@@ -133,7 +138,7 @@ def _pass_on(group: GroupDir, run: RunDir) -> None:
         following = next((one for one in _unclaimed(group) if _make(_marks(group, one)[0])), None)
         if following is None:
             return
-        why = _start(following)
+        why = _start(following, environment)
         if why is None:
             group.halted.unlink(missing_ok=True)
             say(f"{ended.path.name} has ended: {following.path.name} of the same group was submitted")
@@ -146,13 +151,25 @@ def _pass_on(group: GroupDir, run: RunDir) -> None:
         return
 
 
-def _start(run: RunDir) -> str | None:
+def _start(run: RunDir, environment: Mapping[str, str] | None) -> str | None:
     """Submit a point's first job; return why that was refused."""
+    now = dict(os.environ)
     try:
+        if environment is not None:
+            _set(environment)
         submit.submit_job(run, experiment.load(run.experiment))
     except ChainrunError as error:
         return str(error)
+    finally:
+        if environment is not None:
+            _set(now)
     return None
+
+
+def _set(environment: Mapping[str, str]) -> None:
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _prepare(

@@ -33,12 +33,13 @@ class Job:
         self.path = path
 
     def __call__(self) -> None:
+        environment = dict(os.environ)  # before the segment and the user's code add to it
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         _one_log()
         run = RunDir(Path(self.path))
-        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation()
+        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation(run.jobs)
         try:
-            _carry(run, allocation, signals)
+            _carry(run, allocation, signals, environment)
         finally:
             _end_workers()
 
@@ -49,7 +50,7 @@ class Job:
         return DelayedSubmission(self)
 
 
-def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
+def _carry(run: RunDir, allocation: Allocation, signals: Signals, environment: dict[str, str]) -> None:
     from chainrun.launch import group, handoff  # not while unpickling
     from chainrun.segment import run_segment
 
@@ -58,14 +59,14 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
         cancelled = handoff.cancelled_before(run, allocation)
         if cancelled is not None:
             handoff.halt(run, allocation, cancelled)
-            group.pass_on(run)
+            group.pass_on(run, environment)
             sys.exit(EXIT_STOPPED)
     began = partial(_began, run, allocation) if leads else lambda: None
     outcome = run_segment(run, allocation, signals, began)
     ending = _end(run, allocation, signals, outcome, leads=leads)
     # of a failed segment any rank does: rank 0 may be killed for its waiting for the one that failed
     if allocation.scheduler == "slurm" and (leads or outcome.kind in ("failed", "retry")):
-        group.pass_on(run)
+        group.pass_on(run, environment)
     if ending:
         sys.exit(ending)
 

@@ -90,7 +90,8 @@ class Probe(Job):
         signal.signal(signal.SIGUSR2, lambda *_: warned.append(time.time()))
         # submitit ignores it, and a requeue would wait for KillWait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        run, place = RunDir(Path(self.path)), slurm.allocation()
+        run = RunDir(Path(self.path))
+        place = slurm.allocation(run.jobs)
         end = place.end()
         found: dict[str, Any] = {
             "host": place.host,

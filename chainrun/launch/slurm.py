@@ -9,7 +9,10 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from chainrun.allocation import Allocation
 from chainrun.errors import ClusterError
@@ -126,12 +129,15 @@ def _seconds(time: str) -> float | None:
         return None
 
 
-def end_time(job: str) -> float | None:
+def end_time(job: str, record: dict[str, str] | None = None) -> float | None:
     """Return when SLURM will end a job, in seconds since the epoch; None where it has no limit.
 
     The environment's SLURM_JOB_END_TIME (from 23.02) is not used: limits are changed while jobs run.
+
+    Args:
+        record: what `job_record` has just said.
     """
-    record = job_record(job)
+    record = job_record(job) if record is None else record
     if not record:  # scontrol is forbidden, missing, or hangs
         answer = ask("squeue", "--noheader", "--format=%e", "--jobs=" + job, most=_QUESTION, TZ=_UTC)
         return _seconds(answer.text.strip()) if answer.ok else None
@@ -187,17 +193,14 @@ def listing(jobs: list[str]) -> tuple[dict[str, Queued], str]:
     """Ask once for all of the jobs; return those that are in the queue, and why SLURM did not say, if it did not."""
     if not jobs:
         return {}, ""
-    command = ("squeue", "--noheader", "--format=%i|%T|%S|%r", "--jobs=" + ",".join(jobs))
-    answer = ask(*command, most=_QUESTION)
+    command = ("squeue", "--noheader", "--array", "--format=%i|%T|%S|%r", "--jobs=" + ",".join(jobs))
+    answer = ask(*command, most=_QUESTION, TZ=_UTC)
     if not answer.ok:
         return {}, "" if "Invalid job id" in answer.text else answer.text
     found = {}
     for line in answer.text.splitlines():
         job, state, stamp, reason = (line.strip().split("|", 3) + [""] * 3)[:4]
-        start = None
-        with contextlib.suppress(ValueError):  # N/A
-            start = datetime.datetime.fromisoformat(stamp).timestamp()
-        found[job] = Queued(state, "" if reason == "None" else reason, start)
+        found[job] = Queued(state, "" if reason == "None" else reason, _seconds(stamp))
     return found, ""
 
 
@@ -219,8 +222,71 @@ def last_state(job: str) -> str:
     return state
 
 
-def allocation() -> Allocation:
-    """Return this process's place in the SLURM job that it runs in."""
+_LAST_WORDS = re.compile(
+    r"\*\*\* (?:JOB|STEP) (\S+) ON \S+ CANCELLED AT (\d\S+?)(?: DUE TO ([A-Z ]+?))?(?:,[^*]*)? \*\*\*"
+)
+_CAUSES = {
+    "PREEMPTION": "PREEMPTED",
+    "NODE FAILURE": "NODE_FAIL",
+    "TIME LIMIT": "TIMEOUT",
+    "JOB REQUEUE": "REQUEUED",
+}
+_GONE = ("DOWN", "FAIL", "NOT_RESPONDING", "*")  # in the state of a node
+
+
+def ended(logs: Path, job: str, nodes: Sequence[str], began: float, *, again: bool) -> str:
+    """Return in which state a start of a job ended, in the words of SLURM's states; empty where nobody knows.
+
+    Without accounting SLURM forgets how a job ended that it has put back into the queue. Its last words to the job
+    are in the job's log then, and its nodes may still be missing.
+
+    Args:
+        logs: the folder of the jobs' logs.
+        job: the job.
+        nodes: its nodes.
+        began: when that start began, in seconds since the epoch.
+        again: whether the job has been started again since, so that its present state says nothing.
+    """
+    state = "" if again else states([job], ended=True).get(job, ("", ""))[0]
+    if state not in ("", "COMPLETED", "COMPLETING"):
+        return state
+    said = _CAUSES.get(_last_words(logs, job, began))
+    if said is not None:
+        return said
+    answer = (
+        ask("scontrol", "--oneliner", "show", "node", ",".join(nodes), most=_QUESTION, TZ=_UTC)
+        if nodes
+        else None
+    )
+    for node in records(answer.text) if answer and answer.ok else []:
+        booted = _seconds(node.get("BootTime", ""))
+        if any(word in node.get("State", "") for word in _GONE) or (booted or 0.0) > began:
+            return "NODE_FAIL"
+    return state
+
+
+def _last_words(logs: Path, job: str, began: float) -> str:
+    """Return why SLURM has ended a start of a job, in its own words; empty where it has not said why."""
+    found = (began - 1, "")  # its stamps are whole seconds
+    for log in logs.glob(f"{job}_*log.err"):
+        with contextlib.suppress(OSError), open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 1_000_000))
+            for whose, stamp, cause in _LAST_WORDS.findall(file.read().decode(errors="replace")):
+                with contextlib.suppress(ValueError):
+                    at = datetime.datetime.fromisoformat(
+                        stamp
+                    ).timestamp()  # slurmstepd's, in this machine's zone
+                    if whose.partition(".")[0] == job:
+                        found = max(found, (at, cause))
+    return found[1]
+
+
+def allocation(logs: Path) -> Allocation:
+    """Return this process's place in the SLURM job that it runs in.
+
+    Args:
+        logs: the folder of the jobs' logs.
+    """
     from submitit.slurm.slurm import SlurmJobEnvironment  # parses SLURM's short form of lists of nodes
 
     env = os.environ
@@ -232,9 +298,18 @@ def allocation() -> Allocation:
     with contextlib.suppress(KeyError, ValueError):
         _known_end[0] = float(env["SLURM_JOB_END_TIME"])  # from 23.02; a first guess, limits are changed
 
+    record: dict[str, str] = {}
+
     def end() -> float | None:
-        _known_end[0] = end_time(job) or _known_end[0]  # SLURM may be too busy to answer; the last one holds
+        found = job_record(job)
+        record.update(found)
+        _known_end[0] = end_time(job, found) or _known_end[0]  # too busy to answer: the last one holds
         return _known_end[0]
+
+    def queued() -> dict[str, float]:
+        fields = {"submitted": "SubmitTime", "eligible": "EligibleTime", "granted": "StartTime"}
+        times = {name: _seconds(record.get(field, "")) for name, field in fields.items()}
+        return {name: at for name, at in times.items() if at is not None}
 
     return Allocation(
         rank=int(env.get("SLURM_PROCID", "0")),
@@ -248,7 +323,8 @@ def allocation() -> Allocation:
         nodes=tuple(SlurmJobEnvironment().hostnames),
         node_name=env.get("SLURMD_NODENAME", ""),
         gpus=nodes * int(env.get("SLURM_GPUS_ON_NODE") or 0),
-        ended=lambda earlier: states([earlier], ended=True).get(earlier, ("", ""))[0],
+        ended=lambda earlier, on, began: ended(logs, earlier, on, began, again=earlier == job),
+        queued=queued,
         end=end,
     )
 
@@ -286,8 +362,17 @@ def held(job: str, state: str, reason: str) -> str | None:
     return f"job {job} is held ({reason}) and will not start by itself; to let it go on: scontrol release {job}{who}"
 
 
-def fate(job: str, restart: int) -> str | None:
-    """Return what SLURM has decided about the job that runs us: ``cancelled``, ``requeued``, or None.
+@dataclass(frozen=True)
+class Fate:
+    """What SLURM has decided about the job that runs us."""
+
+    kind: Literal["cancelled", "requeued"] | None = None
+    preempted: bool = False
+    """Whether it takes the job's nodes for another one."""
+
+
+def fate(job: str, restart: int) -> Fate:
+    """Return what SLURM has decided about the job that runs us.
 
     While a job is dying its base state is hidden: squeue and scontrol say COMPLETING for a cancel, a requeue,
     a reached limit and a preemption that cancels alike (measured on 22.05.8 and 24.11.5). They differ in Reason,
@@ -298,11 +383,11 @@ def fate(job: str, restart: int) -> str | None:
         state, reason = states([job]).get(job, ("", ""))
         record = {"JobState": state, "Reason": reason}
     state = record.get("JobState", "")
-    if state.startswith("CANCELLED"):
-        return "cancelled"
-    if int(record.get("Restarts", restart)) > restart:
-        return "requeued"
     preempted = record.get("PreemptTime", "None") != "None"
+    if state.startswith("CANCELLED"):
+        return Fate("cancelled", preempted)
+    if int(record.get("Restarts", restart)) > restart:
+        return Fate("requeued", preempted)
     if state == "COMPLETING" and record.get("Reason") != "TimeLimit" and not preempted:
-        return "cancelled"
-    return None
+        return Fate("cancelled")
+    return Fate(preempted=preempted)

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chainrun import breakers, experiment, function, journal, snapshot
+from chainrun import __version__, breakers, experiment, function, journal, snapshot
 from chainrun.errors import ClusterError, ExperimentError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import freeze, slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
 from chainrun.project import Project
-from chainrun.rundir import RunDir, fsync_file, is_group, write_durably
+from chainrun.rundir import FORMAT, RunDir, check_format, fsync_file, is_group, write_durably
 from chainrun.shipped import Shipped
 
 _SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
@@ -76,6 +76,7 @@ def prepare(
     if not run.experiment.exists():
         create(run, described, freeze.look(described, base, shipped, project), shipped)
         return run, "new"
+    check_format(run)
     changes = experiment.diff(experiment.load(run.experiment), described)
     if changes and not override:
         raise UsageError(
@@ -138,7 +139,8 @@ def create(
     run.create()
     if project is not None:
         freeze.freeze(run, project, shipped)
-    journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
+    name = f"{described.name}-{uuid.uuid4().hex[:8]}"
+    journal.record(run, "created", id=name, format=FORMAT, version=__version__)
     fsync_file(run.journal)  # the id is for the run's whole life
     if project is not None:
         freeze.note(run, project)

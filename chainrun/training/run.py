@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,8 @@ from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
 from chainrun.training import data, resharding, rng, witness, worker
 from chainrun.training.extent import Extent
-from chainrun.training.pace import Pace
 from chainrun.training.position import Pass, Position
+from chainrun.training.rhythm import Pace
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
 
@@ -102,6 +103,7 @@ class Run:
             saving=lambda: self._saving.busy,
         )
         self._checked = False
+        self._gone_on: float | None = None  # when the function had come to the checkpoint's place
         self._first_due = self._next_due(self.global_step)
         self._next = 0  # the first step looks whether something was forgotten
 
@@ -226,6 +228,7 @@ class Run:
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = self._shards = None
+        self._gone_on = time.monotonic()
         rng.restore(rng.from_tensors(saved["rng"]))
         if self._is_witnessed():
             self._hear_witness(saved["position"]["owner"])
@@ -366,10 +369,16 @@ class Run:
         self._saving.check()
         if not self._checked:
             self._checked, self._next = True, self._first_due
+            self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
             for line in objects.forgotten(self._objects, things):
-                self._setting.say(f"warning: {line}")
+                self._warn(line)
+            if not self._registered and not self.state:
+                self._warn(
+                    "nothing is registered, so a checkpoint holds no weights and a resumed run begins with fresh ones; "
+                    "call run.register(model=..., optimizer=...) before the loop"
+                )
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:
                 self._due = Wish("stop", "interrupt")
@@ -382,6 +391,11 @@ class Run:
                 self._due = wish
         if self._due is not None:
             self._wish(self._due)
+
+    def _warn(self, line: str) -> None:
+        """Say, in the log and in the journal, what the function forgets."""
+        self._setting.say(f"warning: {line}")
+        self._saving.note("warning", segment=self.segment, step=self.global_step, reason=line)
 
     def _next_due(self, after: int) -> int:
         """The next global step at which something is due, known without asking anybody."""
@@ -419,8 +433,8 @@ class Run:
             return
         if head is None and self._position.inside is None and not self._warned and self.is_main:
             self._warned = True
-            self._setting.say(
-                "warning: run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
+            self._warn(
+                "run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
                 "resume, everything before this boundary has to run again. Use run.epochs() or run.steps()"
             )
         self._due, self._deferred = None, False
@@ -526,6 +540,11 @@ class Run:
     def _guess_save_seconds(self) -> float:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
         return 0.5 + self._size / 100e6
+
+    @property
+    def passed_a_boundary(self) -> bool:
+        """Whether the training has come to a step boundary, in this segment or one before."""
+        return self.resumed or self._position.boundaries > 0
 
     # ---- for `chainrun verify` -----------------------------------------------------------------
 

@@ -56,6 +56,8 @@ class Setting:
     process may end at any line of it."""
     may_write: Callable[[], bool] = lambda: True
     """Whether this segment (still) holds the run directory."""
+    trains: Callable[[float | None], None] = lambda seconds: None
+    """Told when the segment's first step is done, and how long it took since the restore; None at a fresh start."""
     say: Callable[[str], None] = lambda line: print(f"chainrun: {line}", file=sys.stderr, flush=True)
 
 
