@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chainrun.checkpoint.public import Checkpoint
-    from chainrun.launch.chain import Chain
+    from chainrun.launch.chain import Chain, ChainFailed
     from chainrun.launch.chain import run_chain as run
     from chainrun.launch.chain import submit_chain as submit
     from chainrun.launch.verify import Verdict
@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Chain": ("chainrun.launch.chain", "Chain"),
+    "ChainFailed": ("chainrun.launch.chain", "ChainFailed"),
     "Checkpoint": ("chainrun.checkpoint.public", "Checkpoint"),
     "DataLoader": ("chainrun.training.data", "DataLoader"),
     "Run": ("chainrun.training.run", "Run"),
@@ -32,7 +33,18 @@ _HOME = {
     "verify": ("chainrun.launch.verify", "verify_function"),
 }
 
-__all__ = ["Chain", "Checkpoint", "DataLoader", "Run", "Verdict", "__version__", "run", "submit", "verify"]
+__all__ = [
+    "Chain",
+    "ChainFailed",
+    "Checkpoint",
+    "DataLoader",
+    "Run",
+    "Verdict",
+    "__version__",
+    "run",
+    "submit",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

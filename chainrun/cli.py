@@ -8,14 +8,19 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chainrun import __version__
 from chainrun.errors import EXIT_DONE, ChainrunError, UsageError
+
+if TYPE_CHECKING:
+    from chainrun.experiment import Experiment
 
 EXAMPLES = """\
 examples:
   chainrun run digits.yaml --walltime 20s      a chain on this machine, cut every 20 seconds
   chainrun submit digits.yaml args.lr=0.1      a chain on SLURM
+  chainrun submit digits.yaml args.lr=0.1,0.01 'seed=range(3)' parallel=2    a grid of six chains, two at once
   chainrun doctor digits.yaml --probe          will the chain work on this cluster?
   chainrun status runs                         where every run stands
 """
@@ -64,12 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="submit so many jobs at once, each to follow the one before",
     )
+    _confirmation(submit)
     submit.set_defaults(command=_submit)
 
     run = commands.add_parser("run", help="the same chain on this machine")
     _experiment(run)
     run.add_argument("--walltime", metavar="20s", help="cut every segment after this time")
     run.add_argument("--interrupt-at", metavar="7,14", help="cut at exactly these global steps")
+    _confirmation(run)
     run.set_defaults(command=_run)
 
     verify = commands.add_parser("verify", help="run cut and uncut, compare every step bit for bit")
@@ -124,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--object", metavar="NAME", help="the registered object (default: the only module)")
     export.set_defaults(command=_export)
 
-    cancel = commands.add_parser("cancel", help="save and end a run for good")
+    cancel = commands.add_parser("cancel", help="save and end a run for good, or all runs of a sweep")
     cancel.add_argument("dir", type=Path, metavar="DIR")
     cancel.set_defaults(command=_cancel)
 
@@ -146,19 +153,33 @@ def _experiment(parser: argparse.ArgumentParser, *, optional: bool = False) -> N
     parser.add_argument(
         "experiment", type=Path, metavar="EXP", nargs="?" if optional else None, help="the experiment file"
     )
-    parser.add_argument("overrides", nargs="*", metavar="k=v", help="for example args.lr=0.1 slurm.time=2h")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="k=v",
+        help="for example args.lr=0.1 slurm.time=2h; args.lr=0.1,0.01 is a sweep",
+    )
     if not optional:
         parser.add_argument(
-            "--override", action="store_true", help="go on although the experiment has changed"
+            "--override",
+            action="store_true",
+            help="go on with a changed experiment, and the code as it is now",
         )
+        parser.add_argument("--frozen", action="store_true", help="go on with the code as it was submitted")
+
+
+def _confirmation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--yes", action="store_true", help="a sweep of more than 1000 chains is meant")
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from chainrun import experiment
-    from chainrun.launch import slurm, submit
+    from chainrun import sweep
+    from chainrun.launch import group, slurm, submit
 
-    described = experiment.load(options.experiment, options.overrides)
-    base = options.experiment.absolute().parent
+    found = sweep.load(options.experiment, options.overrides)
+    described, base = found.points[0].experiment, options.experiment.absolute().parent
+    if found.axes:
+        print(found.text())
     if options.dry_run:
         from chainrun.rundir import RunDir
 
@@ -166,9 +187,13 @@ def _submit(options: argparse.Namespace) -> int:
         return EXIT_DONE
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: at least 1 is needed")
+    sweep.confirm(found, confirmed=options.yes)
     slurm.need()
     submit.check(described)
-    run, how = submit.prepare(described, base, override=options.override)
+    ways = {"override": options.override, "keep_code": options.frozen}
+    if found.axes:
+        return group.submit_group(found, base, **ways, jobs=options.jobs, source=options.experiment)
+    run, how = submit.prepare(described, base, **ways)
     if how == "done":
         return _already_done(run.path)
     jobs = submit.submit_jobs(run, described, options.jobs)
@@ -179,14 +204,20 @@ def _submit(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from chainrun import experiment
+    from chainrun import sweep
     from chainrun.durations import parse_duration
-    from chainrun.launch import local, submit
+    from chainrun.launch import group, local, submit
 
-    described = experiment.load(options.experiment, options.overrides)
+    found = sweep.load(options.experiment, options.overrides)
+    described, base = found.points[0].experiment, options.experiment.absolute().parent
     walltime = options.walltime and parse_duration(options.walltime, "--walltime")
     cuts = _steps(options.interrupt_at, "--interrupt-at")
-    run, how = submit.prepare(described, options.experiment.absolute().parent, override=options.override)
+    ways = {"override": options.override, "keep_code": options.frozen}
+    if found.axes:
+        print(found.text(), flush=True)
+        sweep.confirm(found, confirmed=options.yes)
+        return group.run_group(found, base, cuts, walltime, **ways)
+    run, how = submit.prepare(described, base, **ways)
     if how == "done":
         return _already_done(run.path)
     code = local.run_chain(run, described, cuts, walltime)
@@ -195,11 +226,20 @@ def _run(options: argparse.Namespace) -> int:
     return code
 
 
+def _one(options: argparse.Namespace) -> Experiment:
+    """Return the experiment of a command that looks at one run; of a sweep it is the first one."""
+    from chainrun import sweep
+
+    found = sweep.load(options.experiment, options.overrides)
+    if found.axes:
+        print(f"of {found.text()}: the first, {found.points[0].name}", file=sys.stderr)
+    return found.points[0].experiment
+
+
 def _verify(options: argparse.Namespace) -> int:
-    from chainrun import experiment
     from chainrun.launch import verify
 
-    described = experiment.load(options.experiment, options.overrides)
+    described = _one(options)
     if options.steps < 2:
         raise UsageError(
             f"--steps {options.steps}: at least 2 are needed, one before the cut and one after it"
@@ -274,16 +314,16 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from chainrun.launch import cancel
+    from chainrun.launch import cancel, group
+    from chainrun.rundir import is_group
 
-    return cancel.cancel(options.dir)
+    return group.cancel_group(options.dir) if is_group(options.dir) else cancel.cancel(options.dir)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from chainrun import experiment
     from chainrun.launch import doctor
 
-    described = experiment.load(options.experiment, options.overrides) if options.experiment else None
+    described = _one(options) if options.experiment else None
     base = options.experiment.absolute().parent if options.experiment else Path.cwd()
     return doctor.command(described, base, tries=options.probe, as_json=options.json)
 

@@ -268,6 +268,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     return _experiment(data, path.parent, overrides, places)
 
 
+def from_data(data: Mapping[str, Any], base: Path, overrides: Sequence[str], places: Places) -> Experiment:
+    """Check what was read from a file; `places` says where each key stands, and learns of the overrides."""
+    return _experiment(data, base, overrides, places)
+
+
 def from_dict(data: Mapping[str, Any], base: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Check an experiment from Python; `base` is the folder where a relative `function` is looked up first."""
     return _experiment(data, base, overrides, {})
@@ -336,6 +341,10 @@ def _build(section: Any, value: Any, at: At) -> Any:
     """Read one mapping as the dataclass that describes it; `slurm:` with nothing below it is all defaults."""
     value, hints, given = value or {}, get_type_hints(section, include_extras=True), {}
     for key in value:
+        if key in ("sweep", "parallel") and section is Experiment:
+            raise ExperimentError(
+                f"{at / key}: found a grid of runs; allowed here: one run, without this key"
+            )
         if key not in hints:
             near, allowed = nearest(str(key), hints), ", ".join(hints)
             for free in {"args", "extra"} & set(hints):

@@ -35,6 +35,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``notified``   the experiment's ``notify`` was run: ``of``, what it was told, ``seconds``, and ``problem`` where
                it failed
 ``continue``   a person let an ended chain go on: ``changes``
+``code``       the function's project is frozen, at first or anew: ``files root`` and of git ``git_commit git_changes``
 =============  =======================================================================================
 """
 

@@ -31,6 +31,26 @@ class RunDir:
         return self.path / "experiment.yaml"
 
     @property
+    def code(self) -> Path:
+        """The function's project as it was at submission; the jobs import it from here."""
+        return self.path / "code"
+
+    @property
+    def frozen(self) -> Path:
+        """What is in `code`, and of which commit: JSON, see `chainrun.snapshot`."""
+        return self.path / "code.json"
+
+    @property
+    def environment(self) -> Path:
+        """What the run was submitted from: JSON with Python, packages, command, folder."""
+        return self.path / "environment.json"
+
+    @property
+    def shipped(self) -> Path:
+        """The module in `code` of a function that was in no file, such as a notebook's."""
+        return self.code / "shipped_function.py"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -124,6 +144,63 @@ class RunDir:
         return self
 
 
+@dataclass(frozen=True)
+class GroupDir:
+    """The paths of a group of runs, a sweep: a folder whose children are run directories."""
+
+    path: Path
+
+    @property
+    def sweep(self) -> Path:
+        """What the group is: JSON with ``name``, ``axes`` (key -> values), ``parallel`` and ``points`` (``name values``)."""
+        return self.path / "sweep.json"
+
+    @property
+    def claims(self) -> Path:
+        """Who has started which point, see `chainrun.launch.group`."""
+        return self.path / "claims"
+
+    @property
+    def stop(self) -> Path:
+        """Written by `chainrun cancel`: no further point starts."""
+        return self.path / "STOP"
+
+    @property
+    def halted(self) -> Path:
+        """The next point could not be submitted: JSON with ``why`` and the ``command`` that goes on."""
+        return self.path / "HALTED"
+
+    def runs(self) -> list[RunDir]:
+        """The points' run directories that exist, in the order of the grid."""
+        points = (read_json(self.sweep) or {}).get("points", [])
+        found = [RunDir(self.path / point["name"]) for point in points]
+        return [run for run in found if run.experiment.is_file()]
+
+    def create(self) -> GroupDir:
+        """Create the folder.
+
+        Raises:
+            UsageError: the directory cannot be written, or is a run's.
+        """
+        if (self.path / "experiment.yaml").exists():
+            raise UsageError(
+                f"{self.path} is a run, not a group of runs; choose another name or dir for the sweep"
+            )
+        try:
+            make_dir(self.claims)
+        except OSError as error:
+            raise UsageError(
+                f"the group's folder {self.path} cannot be written: {error.strerror or error}; "
+                "choose another with dir=PATH, or make it writable"
+            ) from error
+        return self
+
+
+def is_group(path: Path) -> bool:
+    """Whether a folder is a group of runs."""
+    return GroupDir(path).sweep.is_file()
+
+
 def parse_checkpoint(name: str) -> tuple[int, int] | None:
     """Return (step, repeat) of a checkpoint directory's name, None for any other name."""
     match = _CHECKPOINT.fullmatch(name)
@@ -163,6 +240,8 @@ def open_run(path: Path) -> RunDir:
     run = RunDir(path.absolute())
     if not run.experiment.is_file():
         what = "holds no experiment.yaml" if path.is_dir() else "does not exist"
+        if is_group(path):
+            what = f"is a group of runs, of a sweep; give one of them: {path}/…"
         raise UsageError(
             f"{path} is not a run directory: it {what}; give the folder that submit or run named"
         )

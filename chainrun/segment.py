@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from chainrun import breakers, experiment, function, journal, pace
+from chainrun import breakers, experiment, function, journal, pace, snapshot
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
 from chainrun.errors import ChainrunError, RankFailed, UsageError
 from chainrun.lock import BEAT, Lock, Locked
+from chainrun.project import git_state
 from chainrun.rundir import RunDir, check_format, read_json, write_durably
 from chainrun.training.rhythm import Pace
 from chainrun.training.stop import Lead, SegmentEnd, Signals
@@ -150,7 +151,8 @@ class _Segment:
         self._control = distributed.connect(allocation, run)
         group = self._control or Alone()
         self.number = group.broadcast(self.number)
-        source = function.find_function(described, run.path)
+        source = snapshot.frozen_source(run) or function.find_function(described, run.path)
+        snapshot.use(run)
         train = function.load_function(source)
         every = described.checkpoint.every
         created = journal.last(run, "created") or {}
@@ -179,9 +181,7 @@ class _Segment:
                 "leads": allocation.rank == 0,
                 "pace": Pace(),
             },
-            environment=environment.facts(allocation, source.path.parent if source.path else run.path)
-            if allocation.rank == 0
-            else {},
+            environment=environment.facts(allocation, self._git(source)) if allocation.rank == 0 else {},
             may_write=lambda: not self._locked or self._lock.held(),
             trains=self._trains if allocation.rank == 0 else lambda seconds: None,
             say=self._say if allocation.rank == 0 else lambda line: None,
@@ -217,6 +217,7 @@ class _Segment:
         self._begin(f"segment {self.number}: {first}")
         if allocation.rank == 0:
             drift = environment.drift(newest.manifest["environment"], setting.environment) if newest else []
+            drift += snapshot.installed_drift(run)
             if drift:
                 journal.record(run, "drift", segment=self.number, changes=drift)
                 say(
@@ -243,6 +244,12 @@ class _Segment:
             self.note("warning", segment=self.number, step=training.global_step, reason=why)
             say(f"warning: {why}")
         return self._done(result)
+
+    def _git(self, source: function.FunctionSource) -> dict[str, str]:
+        frozen = snapshot.frozen_git(self._run)
+        if frozen is not None:
+            return frozen
+        return git_state(source.path.parent if source.path else self._run.path)
 
     def _say(self, line: str) -> None:
         """Print a line, or keep it until the segment's first one is printed."""

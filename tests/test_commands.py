@@ -56,7 +56,7 @@ class Exp:
 
     def finish(self, *words: str, code: int = 0, **options) -> str:
         """Run `chainrun run` to its end; return what it said."""
-        found = self.start(*words, **options).wait(90)
+        found = self.start(*words, **options).wait(300)
         said = self.said()
         assert found == code, said
         (self.folder / "log").unlink()
@@ -303,7 +303,7 @@ def test_show_tells_a_runs_story_and_what_a_checkpoint_holds(finished, capsys, m
     said = main(capsys, "show", finished.run.path, code=0)
     kinds = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (\w+)", said, re.MULTILINE)
     assert kinds == [event["event"] for event in finished.events()]
-    assert {"created", "segment", "checkpoint", "stop", "handoff", "witness", "done"} == set(kinds)
+    assert {"created", "code", "segment", "checkpoint", "stop", "handoff", "witness", "done"} == set(kinds)
     assert "result: {'state': " in said
     checkpoint = Store(finished.run).committed()[0].path
     said = main(capsys, "show", checkpoint, "--verify", code=0)

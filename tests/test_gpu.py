@@ -105,11 +105,11 @@ def test_a_graph_that_draws_goes_on() -> None:
 
 def test_switches_that_change_bits_are_noted(tmp_path: Any) -> None:
     """A resume under another TF32 or cuDNN setting is told."""
-    before = environment.facts(Allocation(), tmp_path)
+    before = environment.facts(Allocation(), {})
     torch.backends.cuda.matmul.allow_tf32 = not torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
     try:
-        drift = environment.drift(before, environment.facts(Allocation(), tmp_path))
+        drift = environment.drift(before, environment.facts(Allocation(), {}))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = not torch.backends.cuda.matmul.allow_tf32
         torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark

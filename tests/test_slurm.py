@@ -216,6 +216,58 @@ def test_dry_run_shows_the_script_with_every_option(slurm_cluster, tmp_path):
     assert not chain.run.exists()
 
 
+SWEPT = """
+import pathlib, time
+import torch
+import chainrun
+
+def train(run, lr, folder):
+    weight = torch.nn.Linear(2, 2)
+    run.register(weight=weight)
+    for i in run.steps(4):
+        if lr == 0.2:
+            raise ValueError("a bad lr")
+        if i == 0:  # which are on their way at the same time
+            pathlib.Path(folder, f"began-{lr}-{run.segment}").write_text(str(time.time()))
+    return {"lr": lr, "code": CODE}
+
+CODE = "as submitted"
+"""
+
+
+def test_a_sweep_of_frozen_code_runs_point_after_point(slurm_cluster, tmp_path):
+    """The end of each chain submits the next, a failed one too; what the user edits meanwhile does not matter."""
+    (tmp_path / "swept.py").write_text(SWEPT)
+    chain = Chain(slurm_cluster, tmp_path, args={"folder": str(tmp_path)}, slurm={"time": "5min"})
+    described = json.loads(chain.file.read_text()) | {"function": "swept.py:train"}
+    described["args"] = {"folder": str(tmp_path)}
+    chain.file.write_text(json.dumps(described))
+    said = chain.command("submit", str(chain.file), "args.lr=0.1,0.2,0.3", "parallel=1")
+    assert "3 chains: args.lr (3), 1 at once" in said
+    (tmp_path / "swept.py").write_text("this is no Python\n")
+    points = [chain.run / f"lr={lr}" for lr in (0.1, 0.2, 0.3)]
+    chain.wait(lambda: (points[0] / "FAILED").exists() or (points[0] / "DONE").exists(), 200, "the first end")
+    (tmp_path / "swept.py").unlink()
+    chain.run = points[2]
+    chain.wait_done(300)
+    assert [(point / "DONE").exists() for point in points] == [True, False, True]
+    assert "a bad lr" in (points[1] / "FAILED").read_text()
+    for point, lr in ((points[0], 0.1), (points[2], 0.3)):
+        assert json.loads((point / "result.json").read_text()) == {"lr": lr, "code": "as submitted"}
+    submitted = [
+        [
+            line["time"]
+            for line in map(json.loads, (point / "journal.jsonl").read_text().splitlines())
+            if line["event"] == "submitted"
+        ]
+        for point in points
+    ]
+    assert [len(times) for times in submitted] == [1, 1, 1]
+    ended = json.loads((points[0] / "journal.jsonl").read_text().splitlines()[-1])
+    assert ended["event"] == "done"
+    assert ended["time"] <= submitted[1][0] < submitted[2][0]
+
+
 # ---- these wait for minutes, beside the others
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainrun.allocation import Allocation
-from chainrun.errors import EXIT_FAILED, EXIT_STOPPED
+from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from chainrun.launch import ends, slurm
 from chainrun.rundir import RunDir
 from chainrun.training.stop import Signals, kill
@@ -53,7 +53,7 @@ class Job:
 
 
 def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
-    from chainrun.launch import handoff  # not while unpickling
+    from chainrun.launch import group, handoff  # not while unpickling
     from chainrun.segment import run_segment
 
     leads = allocation.rank == 0 and allocation.scheduler == "slurm"
@@ -61,34 +61,54 @@ def _carry(run: RunDir, allocation: Allocation, signals: Signals) -> None:
         cancelled = handoff.cancelled_before(run, allocation)
         if cancelled is not None:
             handoff.halt(run, allocation, cancelled)
+            group.pass_on(run)
             sys.exit(EXIT_STOPPED)
-    began = partial(handoff.prepare, run, allocation) if leads else lambda: None
+    began = partial(_began, run, allocation) if leads else lambda: None
     outcome = run_segment(run, allocation, signals, began)
+    ending = _end(run, allocation, signals, outcome, leads=leads)
+    # of a failed segment any rank does: rank 0 may be killed for its waiting for the one that failed
+    if allocation.scheduler == "slurm" and (leads or outcome.kind in ("failed", "retry")):
+        group.pass_on(run)
+    if ending:
+        sys.exit(ending)
+
+
+def _began(run: RunDir, allocation: Allocation) -> None:
+    from chainrun.launch import group, handoff
+
+    handoff.prepare(run, allocation)
+    group.pass_on(run)  # the places of chains that were killed without a word
+
+
+def _end(run: RunDir, allocation: Allocation, signals: Signals, outcome: Outcome, *, leads: bool) -> int:
+    """Hand over, or clean up behind the chain; return the exit code."""
+    from chainrun.launch import handoff
+
     if leads and outcome.kind in ("done", "failed", "idle"):
         handoff.tidy(run, allocation)
     if allocation.scheduler == "slurm":  # a local chain's command sees its end by itself
         _tell(run, outcome, leads=leads)
     if outcome.kind == "halted":
         handoff.halt(run, allocation, outcome.reason, outcome.options)
-        sys.exit(EXIT_STOPPED)
+        return EXIT_STOPPED
     if outcome.kind in ("failed", "locked", "lost"):  # srun then ends the ranks that wait for this one
-        sys.exit(EXIT_FAILED)
+        return EXIT_FAILED
     slurms = allocation.scheduler == "slurm"
     if outcome.kind == "stopped" and slurms and allocation.rank == 0:
         if not handoff.hand_over(run, allocation, outcome, signals):
-            sys.exit(EXIT_STOPPED)
+            return EXIT_STOPPED
     elif outcome.kind == "retry" and slurms:
         # the rank that failed hands over, since the others may wait for it for ever; of several the first
         if handoff.claim(run, allocation):
             handoff.hand_over(run, allocation, outcome, signals)
         else:
             handoff.stand_by()
-        sys.exit(EXIT_FAILED)  # also where the next job waits: srun then ends the other ranks
+        return EXIT_FAILED  # also where the next job waits: srun then ends the other ranks
     elif outcome.kind == "follows":
         if slurms:
             handoff.stand_by()
-        sys.exit(EXIT_FAILED)
-    # of a local chain `chainrun run` starts the next segment
+        return EXIT_FAILED
+    return EXIT_DONE  # of a local chain `chainrun run` starts the next segment
 
 
 def _tell(run: RunDir, outcome: Outcome, *, leads: bool) -> None:

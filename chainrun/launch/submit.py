@@ -11,16 +11,19 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chainrun import __version__, breakers, experiment, function, journal
+from chainrun import __version__, breakers, experiment, function, journal, snapshot
 from chainrun.errors import ClusterError, ExperimentError, UsageError
 from chainrun.experiment import Experiment
-from chainrun.launch import slurm
+from chainrun.launch import freeze, slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
-from chainrun.rundir import FORMAT, RunDir, check_format, fsync_file, write_durably
+from chainrun.project import Project
+from chainrun.rundir import FORMAT, RunDir, check_format, fsync_file, is_group, write_durably
+from chainrun.shipped import Shipped
 
 _SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
 _TIMED_OUT = 124  # what timeout(1) ends with
@@ -30,22 +33,39 @@ _PYTHON = f"""/bin/sh -c 'trap "" USR2; exec "$@"' sh {shlex.quote(sys.executabl
 LEAST_LEAD, MOST_LEAD = 10.0, 120.0  # seconds that SLURM's own warning comes before the end, where lead: auto
 
 
-def prepare(described: Experiment, base: Path, *, override: bool = False) -> tuple[RunDir, str]:
+def prepare(
+    described: Experiment,
+    base: Path,
+    *,
+    override: bool = False,
+    keep_code: bool = False,
+    shipped: Shipped | None = None,
+    project: Project | None = None,
+) -> tuple[RunDir, str]:
     """Create the run directory of an experiment, or open it to go on.
+
+    Args:
+        override: go on although the experiment has changed, and with the code as it is now.
+        keep_code: go on with the frozen code, also where the run failed and the code has changed since.
+        shipped: the function itself, where it is in no file that a job could import.
+        project: the code as it is now, where it is known.
 
     Returns:
         The run and ``new``, ``continued`` or ``done``.
 
     Raises:
         UsageError: the directory cannot be written; a segment of the run is alive; the experiment differs
-            from the one that the run was started with and `override` is not set.
+            from the one that the run was started with and `override` is not set; the run failed, the code has
+            changed since, and neither `override` nor `keep_code` says with which to go on.
         ExperimentError: the function is missing, or its arguments do not fit.
     """
-    source = function.find_function(described, base)
-    function.check_arguments(source, described.args)
     run = RunDir(described.run_dir)
+    if is_group(run.path):
+        raise UsageError(
+            f"{run.path} is a group of runs, a sweep; choose another name or dir for a single run"
+        )
     if not run.experiment.exists():
-        create(run, described)
+        create(run, described, freeze.look(described, base, shipped, project), shipped)
         return run, "new"
     check_format(run)
     changes = experiment.diff(experiment.load(run.experiment), described)
@@ -57,6 +77,25 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
         )
     if run.done.exists():
         return run, "done"
+    _nobody_carries(run)
+    look = partial(freeze.look, described, base, shipped, project)
+    project = freeze.changed_code(run, look, shipped, override=override, keep_code=keep_code)
+    run.create()
+    if project is not None:
+        freeze.freeze(run, project, shipped)
+        freeze.note(run, project)
+    if changes:
+        source = snapshot.frozen_source(run)
+        assert source is not None
+        function.check_arguments(source, described.args)
+        write_durably(run.experiment, experiment.to_yaml(described).encode())
+    for marker in (run.stop, run.failed, run.halted, run.notified):
+        marker.unlink(missing_ok=True)
+    journal.record(run, "continue", changes=changes)
+    return run, "continued"
+
+
+def _nobody_carries(run: RunDir) -> None:
     held = holder(run)
     if held and held["alive"]:
         raise UsageError(
@@ -75,21 +114,27 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
             f"{run.path} has job {job} in the queue ({state}, {reason}); `chainrun cancel {run.path}` removes it"
             + f"; {waits}" * bool(waits)
         )
-    run.create()
-    if changes:
-        write_durably(run.experiment, experiment.to_yaml(described).encode())
-    for marker in (run.stop, run.failed, run.halted, run.notified):
-        marker.unlink(missing_ok=True)
-    journal.record(run, "continue", changes=changes)
-    return run, "continued"
 
 
-def create(run: RunDir, described: Experiment) -> None:
-    """Make the run directory of an experiment, with the experiment frozen in it."""
+def create(
+    run: RunDir,
+    described: Experiment,
+    project: Project | None = None,
+    shipped: Shipped | None = None,
+) -> None:
+    """Make the run directory of an experiment, with the experiment and the code frozen in it.
+
+    Args:
+        project: what to freeze; without it the jobs import the function from where it is.
+    """
     run.create()
+    if project is not None:
+        freeze.freeze(run, project, shipped)
     name = f"{described.name}-{uuid.uuid4().hex[:8]}"
     journal.record(run, "created", id=name, format=FORMAT, version=__version__)
     fsync_file(run.journal)  # the id is for the run's whole life
+    if project is not None:
+        freeze.note(run, project)
     write_durably(run.experiment, experiment.to_yaml(described).encode())  # last: it makes this a run
 
 

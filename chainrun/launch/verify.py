@@ -29,7 +29,9 @@ from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, ChainrunError,
 from chainrun.experiment import Experiment
 from chainrun.launch import causes, chain, local, submit
 from chainrun.launch.causes import Cause, Evidence, Line
+from chainrun.project import Project
 from chainrun.rundir import RunDir, read_lines
+from chainrun.shipped import Shipped
 
 STEPS = 20  # compared by default
 _LIMIT = 24 * 3600.0  # seconds that `Run.time_left` begins with, as in a job
@@ -104,20 +106,24 @@ def verify(
     base: Path,
     steps: int = STEPS,
     cuts: Sequence[int] | Literal["every"] | None = None,
+    shipped: Shipped | None = None,
 ) -> Verdict:
     """Compare uninterrupted and cut runs of an experiment over its first steps.
 
     Args:
         steps: how many to compare, at least 2.
         cuts: after which steps to cut, or ``every``; by default a few, spread.
+        shipped: the function itself, where it is in no file.
 
     Raises:
         ChainrunError: the function fails, or takes no step, or only one.
     """
     if steps < 2:
         raise UsageError(f"steps={steps}: at least 2 are needed, one before the cut and one after it")
-    source = function.find_function(described, base)
-    function.check_arguments(source, described.args)
+    if shipped is not None:
+        shipped.check_arguments(described.args)
+    else:
+        function.check_arguments(function.find_function(described, base), described.args)
     if cuts is None:
         cuts = sorted({1, steps // 3, 2 * steps // 3, steps - 1} - {0})
     cuts = list(range(1, steps)) if cuts == "every" else [cut for cut in cuts if 0 < cut < steps]
@@ -126,7 +132,7 @@ def verify(
         with tqdm(
             total=2 + len(cuts), desc="verify: uncut", unit="run", disable=not sys.stderr.isatty()
         ) as bar:
-            whole = _Piece(folder, "whole", described, steps, cuts).run()
+            whole = _Piece(folder, "whole", described, steps, cuts, shipped).run()
             bar.update()
             last = max(step for step, _ in whole.steps)
             if last < 2:
@@ -135,7 +141,7 @@ def verify(
             cuts = sorted(
                 {min(place for place in places if place >= c) for c in cuts if c <= max(places, default=0)}
             )
-            again = _Piece(folder, "again", described, steps, cuts).run()
+            again = _Piece(folder, "again", described, steps, cuts, shipped).run()
             bar.update()
             if again.failure:
                 return Verdict(last, cuts, failure=again.failure)
@@ -145,7 +151,7 @@ def verify(
                 )
             for cut in cuts:
                 bar.set_description(f"verify: cut after step {cut}")
-                piece = _Piece(folder, f"cut-{cut}", described, steps).run(whole, cut)
+                piece = _Piece(folder, f"cut-{cut}", described, steps, (), shipped).run(whole, cut)
                 bar.update()
                 if piece.failure:
                     return Verdict(last, cuts, cut, None, piece.failure)
@@ -178,16 +184,23 @@ def verify_function(
     Raises:
         ChainrunError: the function fails, or takes no step, or only one.
     """
-    described, base = chain.describe(function, args=args, name=name, **keys)
-    return verify(described, base, steps, cuts)
+    described, base, shipped = chain.describe(function, args=args, name=name, **keys)
+    return verify(described, base, steps, cuts, shipped)
 
 
 class _Piece:
     """One run, or the rest of one, in a folder of its own."""
 
     def __init__(
-        self, folder: Path, name: str, described: Experiment, steps: int, save_at: Sequence[int] = ()
+        self,
+        folder: Path,
+        name: str,
+        described: Experiment,
+        steps: int,
+        save_at: Sequence[int] = (),
+        shipped: Shipped | None = None,
     ) -> None:
+        self._shipped = shipped
         policy = experiment.Checkpoint(every=None, keep=1_000_000)
         once = replace(described.chain, retry_errors=0)  # an error is what is to be found
         self.described = replace(described, name=name, dir=folder, checkpoint=policy, chain=once)
@@ -205,7 +218,9 @@ class _Piece:
         Raises:
             ChainrunError: the function fails from its beginning, or takes no step.
         """
-        submit.create(self.dir, self.described)
+        # a file's function is run from where it is: nothing of the project is copied
+        project = Project(self._shipped.source, Path.cwd()) if self._shipped else None
+        submit.create(self.dir, self.described, project, self._shipped)
         if whole is not None:
             source = next(c for c in Store(whole.dir).committed() if c.step == cut)
             shutil.copytree(source.path, self.dir.checkpoint(cut), copy_function=os.link)

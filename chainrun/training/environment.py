@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
-import subprocess
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +16,11 @@ from chainrun.allocation import Allocation
 _ELSEWHERE = ("host",)  # noted for the reader; another node of the same kind computes the same
 
 
-def facts(allocation: Allocation, code: Path) -> dict[str, Any]:
+def facts(allocation: Allocation, git: Mapping[str, str]) -> dict[str, Any]:
     """Return the facts by name, as plain data.
 
     Args:
-        code: the folder of the user's function; its git commit and local changes are noted.
+        git: the commit and the local changes of the user's code.
     """
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -36,7 +34,7 @@ def facts(allocation: Allocation, code: Path) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
         "host": allocation.host,
-        **_git(code),
+        **git,
     }
     if torch.cuda.is_available():
         found["cuda"] = torch.version.cuda
@@ -49,25 +47,6 @@ def facts(allocation: Allocation, code: Path) -> dict[str, Any]:
             found["tf32_matmul"] = torch.backends.cuda.matmul.allow_tf32
             found["tf32_cudnn"] = torch.backends.cudnn.allow_tf32
     return found
-
-
-def _git(code: Path) -> dict[str, str]:
-    """The commit of the user's code and a hash of its uncommitted changes, where it is in git at all."""
-
-    def ask(*words: str) -> bytes | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(code), *words], capture_output=True, timeout=10, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout
-
-    commit, changes = ask("rev-parse", "HEAD"), ask("diff", "HEAD")
-    if commit is None or changes is None:
-        return {}
-    digest = hashlib.sha256(changes).hexdigest()[:12] if changes else "none"
-    return {"git_commit": commit.decode().strip(), "git_changes": digest}
 
 
 def drift(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
