@@ -136,17 +136,26 @@ class Lock:
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         """Keep others from putting another file in the lock's place, or removing it; whether it is there and that worked."""
-        with suppress(FileNotFoundError), open(self._path, "r+b") as file:
+        try:
+            fd = os.open(self._path, os.O_RDWR)
+        except FileNotFoundError:
+            yield False
+            return
+        there = True
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                yield False
-                return
+                there = False
             except OSError:
                 pass  # a filesystem that knows no flock: a race, then, shows at the next look at `held`
-            yield os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
-            return
-        yield False
+            try:
+                there = there and os.path.samestat(os.fstat(fd), os.stat(self._path))
+            except FileNotFoundError:
+                there = False
+            yield there
+        finally:
+            os.close(fd)
 
     def _replace(self, text: bytes) -> None:
         temporary = self._path.with_name(f".lock.{self._me['host']}.{self._me['pid']}")
@@ -190,7 +199,10 @@ class Lock:
             fd = os.open(self._path, os.O_RDWR)
             try:
                 size = os.fstat(fd).st_size
-                if not self._is_mine(json.loads(os.pread(fd, size, 0))):
+                found = json.loads(os.pread(fd, size, 0))
+                if not isinstance(found, dict):
+                    raise ValueError("no lock")
+                if not self._is_mine(found):
                     return False
                 # into the file that was looked at; spaces over what a longer one before has left
                 os.pwrite(fd, self._text(**progress).ljust(size), 0)
@@ -217,7 +229,8 @@ class Lock:
 
     def release(self) -> None:
         """Let others write; does nothing where the lock was lost."""
-        with suppress(OSError), self._alone() as there:  # a disk read-only by now: our end releases it too
+        # on a disk that is read-only by now the end of this process releases it
+        with suppress(OSError), self._alone() as there:
             if there and self.held():
                 self._path.unlink()
 
