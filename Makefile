@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 
 CHROMIUM ?= chromium
 
-.PHONY: demo test crash check format setup slurm screenshot clean
+.PHONY: demo test crash check format setup integrations slurm screenshot clean
 
 demo: setup            ## train the digits example as a chain and compare it bit for bit
 	$(BIN)/chainrun demo
 
-test: setup slurm      ## all tests; those that need SLURM are skipped where it cannot be installed
+test: setup integrations slurm  ## all tests; those that need SLURM are skipped where it cannot be installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some dozens of each
@@ -33,6 +33,12 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+integrations: $(VENV)/.integrations
+
+$(VENV)/.integrations: requirements-integrations.lock $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-integrations.lock
 	touch $@
 
 # A real SLURM for the tests, from the system's packages; gcc builds the tests' clock shim (slurm/README.md).

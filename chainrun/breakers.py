@@ -126,6 +126,11 @@ def _how_the_last_ended(recent: list[dict[str, Any]]) -> str:
     if last["event"] == "failed":
         return f"the last failed with {last['error']}"
     if last["event"] == "lost":
+        if last.get("state") == "TIMEOUT":
+            return (
+                "the last one was killed at its walltime before it came to a step boundary; call run.step() after every "
+                "optimizer step and run.poll() in long evaluations, or give a job more time (slurm.time)"
+            )
         state = f", SLURM says {last['state']}" if last.get("state") else ""
         return f"the last one was killed without a word{state}: a crash, no memory left, or its node failed"
     return "a step may be longer than the walltime allows"

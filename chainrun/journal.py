@@ -12,8 +12,8 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
 ``checkpoint`` a checkpoint is committed: ``segment step path bytes seconds waited stall reason``; of the
                training, ``waited`` is what it stood still for the save before and ``stall`` in all; a save
                without ``stall`` was not made beside it
-``created``    the run directory is made: ``id``
-``submitted``  a job is submitted: ``job``
+``created``    the run directory is made: ``id format version``
+``submitted``  a job is submitted: ``job``, and of a person's own script the ``command``
 ``space``      there is no room for the next checkpoint: ``reason removed``
 ``unsaved``    a periodic save failed: ``step reason``
 ``fallback``   a checkpoint was not trusted: ``path reason``
@@ -25,6 +25,7 @@ Events and their fields (every line also has ``time`` in seconds since the epoch
                the ``seconds`` before the job's end at which to stop, and what for: ``gap save margin`` (s)
 ``taken``      SLURM takes its nodes from a job that saved in time: ``job restart state``, a preemption (PREEMPTED),
                a failed node (NODE_FAIL) or somebody's requeue (REQUEUED)
+``warning``    of what the function forgets (to register, to call `step`): ``segment step reason``
 ``handoff``    what makes the next segment happen: ``segment how`` or ``refused``
 ``failed``     the user's function or chainrun failed: ``segment rank node step error traceback
                retry``
@@ -174,7 +175,7 @@ def tell(event: dict[str, Any]) -> str | None:
         return f"no checkpoint at step {event['step']}: {event['reason']}"
     if kind == "deferred":
         return f"a stop or save at step {event['step']} waits: {event['reason']}"
-    if kind == "boundless":
+    if kind == "warning":
         return f"warning: {event['reason']}"
     if kind == "done":
         return f"done after {event['step']} steps and {event['segment']} segments"

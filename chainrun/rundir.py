@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chainrun import __version__
 from chainrun.errors import UsageError
 
-FORMAT = 1  # of the run directory; raised when an older chainrun could misread a newer directory
+FORMAT = 1  # of the run directory, kept in the journal's first event; raised when an older chainrun could misread it
+OLDEST = 1  # the oldest format that this chainrun reads
 
 _CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
@@ -128,11 +130,35 @@ def parse_checkpoint(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
+def check_format(run: RunDir) -> None:
+    """Check that this chainrun can read a run directory: its ``created`` event says which format it has.
+
+    Raises:
+        UsageError: another chainrun made it, and what to do.
+    """
+    created = next(iter(read_lines(run.journal)), {})
+    found = created.get("format", 1)  # the first runs did not say
+    if isinstance(found, int) and OLDEST <= found <= FORMAT:
+        return
+    known = f"format {FORMAT}" if OLDEST == FORMAT else f"formats {OLDEST} to {FORMAT}"
+    maker = f"chainrun {created.get('version', '(unknown version)')}"
+    older = isinstance(found, int) and found < OLDEST
+    raise UsageError(
+        f"the run directory {run.path} has format {found}, made by {maker}; this is chainrun {__version__}, which "
+        f"reads {known}: "
+        + (
+            f"go on with {maker}, or start a new run under another name"
+            if older
+            else "go on with the chainrun that made it, or a newer one (pip install --upgrade chainrun)"
+        )
+    )
+
+
 def open_run(path: Path) -> RunDir:
     """Return the run directory at `path`, which must exist.
 
     Raises:
-        UsageError: there is no run there.
+        UsageError: there is no run there, or another chainrun made it.
     """
     run = RunDir(path.absolute())
     if not run.experiment.is_file():
@@ -140,6 +166,7 @@ def open_run(path: Path) -> RunDir:
         raise UsageError(
             f"{path} is not a run directory: it {what}; give the folder that submit or run named"
         )
+    check_format(run)
     return run
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from chainrun import breakers, experiment, function, journal, pace
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.ahead import Ahead
-from chainrun.errors import ChainrunError, RankFailed
+from chainrun.errors import ChainrunError, RankFailed, UsageError
 from chainrun.lock import BEAT, Lock, Locked
-from chainrun.rundir import RunDir, read_json, write_durably
-from chainrun.training.pace import Pace
+from chainrun.rundir import RunDir, check_format, read_json, write_durably
+from chainrun.training.rhythm import Pace
 from chainrun.training.stop import Lead, SegmentEnd, Signals
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ def run_segment(
         return Outcome("idle", "the run has failed")
     if run.halted.exists():
         return Outcome("idle", "the chain has stopped")
+    try:
+        check_format(run)
+    except UsageError as error:  # the run is well, and not ours to write into
+        say(str(error))
+        return Outcome("locked", str(error))
     segment = _Segment(run, allocation, signals, began)
     try:
         return segment.carry()
@@ -181,6 +186,9 @@ class _Segment:
             trains=self._trains if allocation.rank == 0 else lambda seconds: None,
             say=self._say if allocation.rank == 0 else lambda line: None,
         )
+        if allocation.rank == 0:  # one run there too; what a person has set counts
+            os.environ.setdefault("WANDB_RUN_ID", setting.id)
+            os.environ.setdefault("WANDB_RESUME", "allow")
         began = time.perf_counter()
         self.training = training = Run(run.path, setting=setting)
         self._ahead.close()
@@ -226,6 +234,14 @@ class _Segment:
             self._control.returned()
         result = _plain(result)
         training._finish(result)
+        if not training.passed_a_boundary and allocation.rank == 0:
+            why = (
+                f"{described.function.rpartition(':')[2]}() returned without one step boundary, so no checkpoint could "
+                "be taken on its way and a walltime would have killed it; call run.step() after every optimizer step, "
+                "or loop over run.steps(n)"
+            )
+            self.note("warning", segment=self.number, step=training.global_step, reason=why)
+            say(f"warning: {why}")
         return self._done(result)
 
     def _say(self, line: str) -> None:

@@ -18,7 +18,7 @@ from chainrun.lock import STALE
 from chainrun.status import age, plain, stamp, steps
 
 SHOWN = 5  # newest segments, and warnings
-_WARNINGS = ("fallback", "drift", "space", "unsaved", "deferred", "exclude", "boundless")
+_WARNINGS = ("fallback", "drift", "space", "unsaved", "deferred", "exclude", "warning")
 
 
 def detail(one: Standing, queue: dict[str, Queued], problem: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
 
@@ -42,3 +43,12 @@ def test_each_row_says_exact_refused_or_not_restored():
     for construct, result, _ in found:
         assert re.match(r"exact\b|refused\b|not restored: ", result), (construct, result)
     assert len({construct for construct, _, _ in found}) == len(found)
+
+
+def test_the_api_reference_is_what_the_docstrings_say():
+    """docs/api.md is what docs/api.py writes; every public name, method and property is in it."""
+    spec = importlib.util.spec_from_file_location("api", TABLE.with_name("api.py"))
+    assert spec is not None and spec.loader is not None
+    api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(api)
+    assert TABLE.with_name("api.md").read_text() == api.render(), "run: python docs/api.py"

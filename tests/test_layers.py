@@ -90,7 +90,8 @@ def test_imports_point_downwards(path: Path) -> None:
 def test_looking_commands_do_not_import_torch() -> None:
     """What status, logs and --help need is importable without torch, NumPy and submitit."""
     code = (
-        "import sys, chainrun.cli, chainrun.inspect_runs, chainrun.status_of_one, chainrun.logs, chainrun.report, chainrun.launch.submit, chainrun.launch.cancel;"
+        "import sys, chainrun.cli, chainrun.inspect_runs, chainrun.status_of_one, chainrun.logs, chainrun.report,"
+        "chainrun.launch.submit, chainrun.launch.cancel;"
         "print([m for m in ('torch', 'numpy', 'submitit') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

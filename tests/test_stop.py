@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from chainrun.training.pace import Pace
+from chainrun.training.rhythm import Pace
 from chainrun.training.stop import Lead, Signals, Watch, Wish
 
 PROGRAMS = Path(__file__).parent / "programs"

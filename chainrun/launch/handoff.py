@@ -9,7 +9,7 @@ import time
 
 from chainrun import breakers, experiment, journal
 from chainrun.allocation import Allocation
-from chainrun.errors import ClusterError
+from chainrun.errors import UsageError
 from chainrun.launch import notify, slurm, submit
 from chainrun.rundir import RunDir, write_durably
 from chainrun.segment import Outcome, say
@@ -69,16 +69,6 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
     return _refuse(run, allocation, "no way of handing over was left")
 
 
-def _note_taken(run: RunDir, allocation: Allocation, fate: slurm.Fate, *, terminated: bool) -> None:
-    """Record why SLURM takes the job's nodes away, where it does and where it says so."""
-    state = "PREEMPTED" if fate.preempted else ""
-    if not state and fate.kind != "cancelled" and (terminated or fate.kind == "requeued"):
-        began = (journal.last(run, "start") or {"time": 0.0})["time"]
-        state = allocation.ended(allocation.job, allocation.nodes, began)
-    if state:
-        journal.record(run, "taken", job=allocation.job, restart=allocation.restart, state=state)
-
-
 def claim(run: RunDir, allocation: Allocation) -> bool:
     """Whether this rank is the one to hand over: where several have failed, only the first does."""
     try:
@@ -93,6 +83,16 @@ def stand_by() -> None:
     time.sleep(_STAND_BY)
 
 
+def _note_taken(run: RunDir, allocation: Allocation, fate: slurm.Fate, *, terminated: bool) -> None:
+    """Record why SLURM takes the job's nodes away, where it does and where it says so."""
+    state = "PREEMPTED" if fate.preempted else ""
+    if not state and fate.kind != "cancelled" and (terminated or fate.kind == "requeued"):
+        began = (journal.last(run, "start") or {"time": 0.0})["time"]
+        state = allocation.ended(allocation.job, allocation.nodes, began)
+    if state:
+        journal.record(run, "taken", job=allocation.job, restart=allocation.restart, state=state)
+
+
 def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> None:
     """End the chain here, for whoever looks and for jobs that start yet; say how to go on.
 
@@ -100,7 +100,8 @@ def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> No
         options: to be added to the command that goes on.
     """
     waiting = _waiting(run, allocation)  # before a person can let the chain go on
-    command = f"chainrun submit {run.experiment}{options}"
+    own = (journal.last(run, "submitted") or {}).get("command")  # a person's own script
+    command = own or f"chainrun submit {run.experiment}{options}"
     say(f"the chain stops here: {why}; to go on: {command}")
     with contextlib.suppress(OSError):  # a full disk
         write_durably(run.halted, json.dumps({"why": why, "command": command}).encode())
@@ -224,7 +225,7 @@ def _resubmit(
 def _submit_after(run: RunDir, allocation: Allocation, described: experiment.Experiment) -> str | None:
     try:
         job = submit.submit_job(run, described, after=[allocation.job])
-    except ClusterError as error:
+    except UsageError as error:  # SLURM's, or a run from a person's own script that says no slurm.time
         return str(error)
     say(f"submitted job {job} to go on after this one")
     return None

@@ -75,8 +75,10 @@ def run_chain(
     with _interruptible() as asked:
         with Progress(run, quiet=quiet) as progress:
             while code is None:
-                process = _start(run, described, interrupt_at, walltime or described.local.walltime)
-                code = _watch(run, described, process, asked, progress)
+                limit = walltime or described.local.walltime
+                end = None if limit is None else time.time() + limit
+                process = _start(run, described, interrupt_at, limit)
+                code = _watch(run, described, process, asked, progress, end)
         if code != EXIT_USAGE:
             _tell(run)
     return code
@@ -151,8 +153,19 @@ def _gpus() -> list[int]:
     return sorted(int(p.name[6:]) for p in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", p.name))
 
 
-def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, progress: Progress) -> int | None:
-    """Wait for a segment's end; return the exit code, None where the next segment is to start."""
+def _watch(
+    run: RunDir,
+    described: Experiment,
+    process: Any,
+    asked: _Asked,
+    progress: Progress,
+    end: float | None = None,
+) -> int | None:
+    """Wait for a segment's end; return the exit code, None where the next segment is to start.
+
+    Args:
+        end: when its walltime comes, in seconds since the epoch.
+    """
     told, told_at = 0, 0.0
     followed = journal.Follower(run, skip=True)
     ends: list[dict[str, Any]] = []  # of this segment
@@ -204,6 +217,13 @@ def _watch(run: RunDir, described: Experiment, process: Any, asked: _Asked, prog
             f"the newest checkpoint is of step {newest.step}" if newest else "no checkpoint had been written"
         )
         how = "cancelled" if run.stop.exists() else "stopped" if asked.times else None
+        if (
+            how is None and end is not None and time.time() >= end
+        ):  # submitit kills at the limit, and so does SLURM
+            what += (
+                "; its walltime came before a step boundary: call run.step() after every optimizer step and run.poll() "
+                "in long evaluations, or give it more time (--walltime)"
+            )
         progress.write(f"{how or 'the segment was killed'} before it could save; {what}; {again}")
         return EXIT_STOPPED if how and newest else EXIT_FAILED
     if asked.times or event.get("reason") in ("cancelled", "terminated"):

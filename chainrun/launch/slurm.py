@@ -192,17 +192,14 @@ def listing(jobs: list[str]) -> tuple[dict[str, Queued], str]:
     """Ask once for all of the jobs; return those that are in the queue, and why SLURM did not say, if it did not."""
     if not jobs:
         return {}, ""
-    command = ("squeue", "--noheader", "--format=%i|%T|%S|%r", "--jobs=" + ",".join(jobs))
-    answer = ask(*command, most=_QUESTION)
+    command = ("squeue", "--noheader", "--array", "--format=%i|%T|%S|%r", "--jobs=" + ",".join(jobs))
+    answer = ask(*command, most=_QUESTION, TZ=_UTC)
     if not answer.ok:
         return {}, "" if "Invalid job id" in answer.text else answer.text
     found = {}
     for line in answer.text.splitlines():
         job, state, stamp, reason = (line.strip().split("|", 3) + [""] * 3)[:4]
-        start = None
-        with contextlib.suppress(ValueError):  # N/A
-            start = datetime.datetime.fromisoformat(stamp).timestamp()
-        found[job] = Queued(state, "" if reason == "None" else reason, start)
+        found[job] = Queued(state, "" if reason == "None" else reason, _seconds(stamp))
     return found, ""
 
 

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from chainrun import breakers, experiment, function, journal
+from chainrun import __version__, breakers, experiment, function, journal
 from chainrun.errors import ClusterError, ExperimentError, UsageError
 from chainrun.experiment import Experiment
 from chainrun.launch import slurm
 from chainrun.launch.job import Job
 from chainrun.lock import holder
-from chainrun.rundir import RunDir, fsync_file, write_durably
+from chainrun.rundir import FORMAT, RunDir, check_format, fsync_file, write_durably
 
 _SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
 _TIMED_OUT = 124  # what timeout(1) ends with
@@ -56,6 +56,7 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
     if not run.experiment.exists():
         create(run, described)
         return run, "new"
+    check_format(run)
     changes = experiment.diff(experiment.load(run.experiment), described)
     if changes and not override:
         raise UsageError(
@@ -95,7 +96,8 @@ def prepare(described: Experiment, base: Path, *, override: bool = False) -> tup
 def create(run: RunDir, described: Experiment) -> None:
     """Make the run directory of an experiment, with the experiment frozen in it."""
     run.create()
-    journal.record(run, "created", id=f"{described.name}-{uuid.uuid4().hex[:8]}")
+    name = f"{described.name}-{uuid.uuid4().hex[:8]}"
+    journal.record(run, "created", id=name, format=FORMAT, version=__version__)
     fsync_file(run.journal)  # the id is for the run's whole life
     write_durably(run.experiment, experiment.to_yaml(described).encode())  # last: it makes this a run
 

@@ -18,8 +18,8 @@ from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
 from chainrun.training import data, resharding, rng, witness, worker
 from chainrun.training.extent import Extent
-from chainrun.training.pace import Pace
 from chainrun.training.position import Pass, Position
+from chainrun.training.rhythm import Pace
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
 
@@ -373,7 +373,12 @@ class Run:
             self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
             for line in objects.forgotten(self._objects, things):
-                self._setting.say(f"warning: {line}")
+                self._warn(line)
+            if not self._registered and not self.state:
+                self._warn(
+                    "nothing is registered, so a checkpoint holds no weights and a resumed run begins with fresh ones; "
+                    "call run.register(model=..., optimizer=...) before the loop"
+                )
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:
                 self._due = Wish("stop", "interrupt")
@@ -386,6 +391,11 @@ class Run:
                 self._due = wish
         if self._due is not None:
             self._wish(self._due)
+
+    def _warn(self, line: str) -> None:
+        """Say, in the log and in the journal, what the function forgets."""
+        self._setting.say(f"warning: {line}")
+        self._saving.note("warning", segment=self.segment, step=self.global_step, reason=line)
 
     def _next_due(self, after: int) -> int:
         """The next global step at which something is due, known without asking anybody."""
@@ -423,8 +433,8 @@ class Run:
             return
         if head is None and self._position.inside is None and not self._warned and self.is_main:
             self._warned = True
-            self._setting.say(
-                "warning: run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
+            self._warn(
+                "run.step() is called outside of run.epochs(), run.steps() and registered loaders; to "
                 "resume, everything before this boundary has to run again. Use run.epochs() or run.steps()"
             )
         self._due, self._deferred = None, False
@@ -530,6 +540,11 @@ class Run:
     def _guess_save_seconds(self) -> float:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
         return 0.5 + self._size / 100e6
+
+    @property
+    def passed_a_boundary(self) -> bool:
+        """Whether the training has come to a step boundary, in this segment or one before."""
+        return self.resumed or self._position.boundaries > 0
 
     # ---- for `chainrun verify` -----------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
 
-from chainrun.training.pace import Pace
+from chainrun.training.rhythm import Pace
 
 TICK = 0.1  # seconds between two looks of the watch
 REREAD_END = 60.0  # seconds between two questions for the job's end: limits are changed while jobs run

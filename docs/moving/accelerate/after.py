@@ -1,0 +1,34 @@
+import torch
+from accelerate import Accelerator
+
+import chainrun
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Points on a plane, seen through noise that is drawn in the loader."""
+
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        x = torch.randn(3)
+        return x, x.sum(0, keepdim=True) + index / 60
+
+
+def train(run, epochs=3):
+    accelerator = Accelerator()
+    model = torch.nn.Sequential(torch.nn.Linear(3, 16), torch.nn.Dropout(0.1), torch.nn.Linear(16, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loader = chainrun.DataLoader(Noisy(), batch_size=8, shuffle=True, num_workers=2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    run.register(model=model, optimizer=optimizer.optimizer, loader=loader)
+    for epoch in run.epochs(epochs):
+        for x, y in loader:
+            x, y = x.to(accelerator.device), y.to(accelerator.device)
+            loss = torch.nn.functional.mse_loss(model(x), y)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.step(loss=loss)
+    return {"loss": loss.item()}
