@@ -90,6 +90,10 @@ def warnings(story: Story) -> Content:
         if kind == "continue":
             changes = "; ".join(map(str, _several(event, "changes")))
             return "a person let the chain go on" + f", with {changes}" * bool(changes)
+        if kind in ("warning", "boundless"):
+            return str(event.get("reason"))
+        if kind == "notified" and event.get("problem"):
+            return f"the notification of {event.get('of')} failed: {event['problem']}"
         if kind == "cancel":
             return "a person cancelled the run"
         return None
