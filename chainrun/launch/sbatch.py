@@ -45,8 +45,9 @@ def open_for_job(file: Path, overrides: Sequence[str], job: str, restart: int) -
         check_format(run)
         if restart and job in submit.jobs_of(run):
             return run
-    ways = {"override": "--override" in flags, "keep_code": "--frozen" in flags}
-    run, how = submit.prepare(described, file.absolute().parent, **ways)
+    run, how = submit.prepare(
+        described, file.absolute().parent, override="--override" in flags, keep_code="--frozen" in flags
+    )
     if how != "done":
         script = slurm.job_record(job).get("Command", "SCRIPT").split()[0]  # its arguments follow
         again = shlex.join(["sbatch", script, str(file.absolute()), *overrides])
