@@ -101,6 +101,7 @@ _SET_BY_CHAINRUN = {
     "signal": "slurm.lead",
     **dict.fromkeys(("requeue", "no-requeue", "dependency"), "chain.handoff"),
     "array": "one submission per run, with overrides",
+    **dict.fromkeys(("clusters", "cluster-constraint"), "the cluster that squeue asks (SLURM_CONF)"),
     **dict.fromkeys(("parsable", "quiet", "wait", "test-only"), "chainrun's own commands"),
 }
 

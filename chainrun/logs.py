@@ -25,10 +25,11 @@ from chainrun.rundir import RunDir, open_run, read_json
 
 POLL = 0.3  # seconds between two looks of --follow
 PATIENCE = 60.0  # seconds that it waits for the journal to say which segment a start is
+CHUNK = 1 << 24  # bytes of a log that are held at once
 GRACE = 10.0  # seconds that a chain on this machine may stand still between two segments
 # how submitit begins, and how chainrun does: one or the other is the first of a start
 _BEGINS = re.compile(
-    rb"submitit INFO \(.*\) - Starting with |chainrun: segment \d+: (?:fresh start|resuming at )"
+    rb"submitit INFO \(.*\) - Starting with |chainrun: segment (\d+): (?:fresh start|resuming at )"
 )
 
 
@@ -51,11 +52,12 @@ def logs(
     out, reader, ended = _Out(segment, lines), _Reader(run, rank), _End(run)
     while True:
         over = ended.over()  # before reading: what is written until then is read
-        parts = list(reader.new(patient=follow and not over))
-        for part in parts:
+        grown = False
+        for part in reader.new(patient=follow and not over):
             out.take(part)
+            grown = True
         out.flush()
-        if not follow or (over and not parts):  # the last lines come after the marker of the end
+        if not follow or (over and not grown):  # the last lines come after the marker of the end
             break
         time.sleep(POLL)
     for part in reader.rest():
@@ -135,17 +137,18 @@ class _File:
     """Since when the first line waits for the journal to say which segment it begins."""
     segment: int | None = None
 
-    def read(self) -> None:
-        """Read what was added."""
+    def read(self) -> bool:
+        """Read what was added, or a part of it; return whether there is more."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.at)
-                data = file.read()
+                data = file.read(CHUNK)
         except FileNotFoundError:  # removed while it was followed
-            return
+            return False
         self.at += len(data)
         *whole, self.rest = (self.rest + data).split(b"\n")
         self.lines.extend(line + b"\n" for line in whole)
+        return len(data) == CHUNK
 
 
 class _Reader:
@@ -175,8 +178,11 @@ class _Reader:
             if event["event"] in ("submitted", "start", "segment"):
                 order.setdefault(event["job"], len(order))
         for file in sorted(self._files.values(), key=lambda each: order.get(each.job, len(order))):
-            file.read()
-            yield from self._shown(file, patient=patient)
+            yield from self._shown(file, patient=patient)  # what has waited
+            more = True
+            while more and not file.waits:
+                more = file.read()
+                yield from self._shown(file, patient=patient)
 
     def rest(self) -> Iterator[_Part]:
         """Yield lines that have not ended."""
@@ -187,10 +193,12 @@ class _Reader:
     def _shown(self, file: _File, *, patient: bool) -> Iterator[_Part]:
         while file.lines:
             line = file.lines[0]
-            if not _BEGINS.match(line):
+            begins = _BEGINS.match(line)
+            if not begins:
                 pass
-            elif file.announced and not line.startswith(b"submitit "):
+            elif file.announced and begins[1]:
                 file.announced = False
+                yield from self._corrected(file, int(begins[1]))
             else:
                 every = standing.segments(self._events)
                 segment = self._which(every, file.job, file.starts)
@@ -199,10 +207,18 @@ class _Reader:
                     if time.monotonic() - file.waits < PATIENCE:
                         return
                 file.starts, file.waits = file.starts + 1, None
-                file.announced = line.startswith(b"submitit ")
+                file.announced = not begins[1]
                 file.segment = segment.number if segment else None
                 yield _Part(f"{_mark(every, segment, file.job)}\n".encode(), file.segment)
             yield _Part(file.lines.popleft(), file.segment)
+
+    def _corrected(self, file: _File, number: int) -> Iterator[_Part]:
+        """Yield another mark where a start was not what the journal made it seem: one before it had left no event."""
+        every = standing.segments(self._events)
+        segment = next((each for each in every if each.number == number), None)
+        if segment is not None and number != file.segment:
+            file.segment = number
+            yield _Part(f"{_mark(every, segment, file.job)}\n".encode(), number)
 
     def _which(self, every: list[Segment], job: str, start: int) -> Segment | None:
         """Return the segment of a job's start, the first being 0; None where it did not come to one."""

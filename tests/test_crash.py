@@ -205,39 +205,3 @@ def test_the_command_survives_the_death_of_all_its_processes(tmp_path):
     starts = [json.loads(line) for line in run.journal.read_text().splitlines()]
     starts = [line for line in starts if line["event"] == "segment"]
     assert starts[-1]["checkpoint"] == (f"step-{starts[-1]['step']:08d}" if starts[-1]["step"] else None)
-
-
-HANGS = """
-import pathlib, time
-import torch
-import chainrun
-
-class Items(torch.utils.data.Dataset):
-    def __len__(self):
-        return 40
-
-    def __getitem__(self, index):
-        once = pathlib.Path("hung")
-        if index == 20 and not once.exists():
-            once.touch()
-            time.sleep(600)
-        return torch.tensor(float(index))
-
-def train(run):
-    loader = chainrun.DataLoader(Items(), batch_size=2, num_workers=2)
-    run.register(loader=loader)
-    for _ in run.epochs(1):
-        for x in loader:
-            run.step(x=x.sum())
-"""
-
-
-def test_a_worker_that_hangs_does_not_keep_the_segment_from_ending(tmp_path):
-    """It was asked for a batch ahead of the cut; the next segment makes that batch."""
-    (tmp_path / "hangs.py").write_text(HANGS)
-    (tmp_path / "e.yaml").write_text("function: hangs.py:train")
-    command = [sys.executable, "-m", "chainrun", "run", "e.yaml", "--interrupt-at", "8"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "hung").exists()
-    assert "done after 20 steps and 2 segments" in done.stdout + done.stderr

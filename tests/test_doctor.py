@@ -341,6 +341,16 @@ def test_a_partition_that_takes_jobs_from_login_nodes_only_is_noted(tmp_path):
     assert "login[1-2]" in named(judge.examine(told, None))["sbatch"].text
 
 
+def test_a_reservation_is_noted(tmp_path):
+    """Its end is the job's too, which the job's own limit does not tell."""
+    found = named(
+        judge.examine(
+            imagined(), described(tmp_path, slurm={"time": "1h", "extra": {"reservation": "course"}})
+        )
+    )
+    assert found["reservation"].page == "reservations.md"
+
+
 MOUNTS = """21 1 8:1 / / rw - ext4 /dev/sda1 rw
 22 21 0:5 / /home rw shared:1 - nfs4 server:/home rw
 23 21 0:6 / /scratch rw - lustre mds:/s rw

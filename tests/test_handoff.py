@@ -17,8 +17,6 @@ from slurm_cluster import Cluster, beside, require_slurm
 from test_slurm import Chain, assert_same, plain
 from test_store import small_disk as small_disk  # noqa: PLC0414 a fixture
 
-from chainrun.launch import slurm
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "slurm"))
 from folder import Cluster as SlurmFolder
 
@@ -33,7 +31,6 @@ def cluster():
     options = [
         "--slurm-conf-extra=PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP",
         "--slurm-conf-extra=PartitionName=frail Nodes=n[3-4] MaxTime=INFINITE State=UP",
-        "--slurm-conf-extra=PartitionName=closing Nodes=n[1-2] MaxTime=INFINITE State=UP",
     ]
     cluster = Cluster.up("--fast-signals", "--nodes=4", "--cpus=8", *options)
     yield cluster
@@ -154,45 +151,6 @@ def refusals(chain: Chain) -> dict[str, str]:
     return {event["how"]: event["refused"] for event in chain.events("handoff") if "refused" in event}
 
 
-def test_what_refuses_or_hangs_in_a_job_is_passed_over(cluster, start, reference, tmp_path):
-    """Whatever is missing, hangs or is refused, the next way is taken; when none is left, the printed command goes on."""
-    tools = {name: tmp_path / f"tools-{name}" for name in ("hanging", "limit", "slow")}
-    for folder in tools.values():
-        folder.mkdir()
-    args, longer = {"trouble": WARNED}, {"trouble": WARNED, "nap": 0.7}
-    programs = refusing(tools["hanging"], "scontrol", "squeue", how="exec sleep 600")
-    hanging = start("hanging", args=longer, slurm=programs)
-    programs = refusing(tools["slow"], "scontrol", "sbatch", how="exec sleep 600")
-    slow = start("slow", args=longer, slurm=programs)
-    programs = refusing(tools["limit"], "scontrol")
-    limit = start("limit", args=args, slurm={"partition": "closing", **programs})
-    cluster.run("scontrol", "update", "PartitionName=closing", "State=DRAIN")  # nobody may submit there now
-    missing = start("missing", args=args, slurm=hiding(tmp_path / "tools-limit", "scontrol"))
-    bare = start("bare", args=args, slurm=hiding(tmp_path, "sbatch"), chain={"handoff": "resubmit"})
-    goes_on, stops = (missing, hanging), (limit, slow, bare)
-
-    printed = [
-        (limit, command_to_go_on(limit, "no way of handing over was left")),
-        (slow, command_to_go_on(slow, "no way of handing over was left")),
-        (bare, command_to_go_on(bare, "no way of handing over was left")),
-    ]
-    cluster.run("scontrol", "update", "PartitionName=closing", "State=UP")
-    for chain, words in printed:
-        assert cluster.wait_job(jobs_of(chain)[0])["ExitCode"] == "75:0"
-        chain.command(*words)
-    for chain in (*goes_on, *stops):
-        chain.wait_done(120)
-        assert_same(chain, reference)
-        assert len(chain.events("segment")) == 2
-    assert "scontrol is not on PATH" in refusals(missing)["requeue"]
-    assert "scontrol did not answer within" in refusals(hanging)["requeue"]
-    assert "not on this node" in refusals(limit)["requeue"]
-    assert "sbatch refused the job" in refusals(limit)["resubmit"]
-    assert "sbatch did not answer within" in refusals(slow)["resubmit"]
-    assert "sbatch is not on PATH" in refusals(bare)["resubmit"]
-    assert missing.events("handoff")[-1]["how"] == "resubmit"
-
-
 def test_chains_that_get_nowhere_stop_and_say_why(cluster, start, reference, small_disk):
     """An error, a kill at the first step, a full disk: two further segments at most, and nobody trains after that."""
     raises = start("raises", chain={"retry_errors": 9}, args={"trouble": {"how": "raised"}})
@@ -260,25 +218,6 @@ def test_budgets_bad_nodes_and_held_jobs(cluster, start, reference):
     assert [event["how"] for event in raises.events("handoff")] == ["requeue", "resubmit"]
 
 
-@pytest.mark.parametrize(
-    ("reason", "is_held"),
-    [
-        ("JobHeldAdmin", True),
-        ("JobHeldUser", True),
-        ("launch failed requeued held", True),
-        ("launch_failed_requeued_held", True),
-        ("Too many requeues", True),
-        ("Priority", False),
-        ("Dependency", False),
-    ],
-)
-def test_which_reasons_need_a_person(reason, is_held):
-    """SLURM's reasons for a hold are recognized, in the words of all its versions; others are waited for."""
-    found = slurm.held("7", "PENDING", reason)
-    assert (found is not None) == is_held
-    assert found is None or "scontrol release 7" in found
-
-
 def test_scancel_ends_a_chain_in_every_phase_and_submit_goes_on(cluster, start, reference, tmp_path):
     """While it waits, imports, saves or hands over: nothing starts again by itself, and what goes on is exact."""
     hand = 'if [ "$1" = requeue ]; then /usr/bin/scancel $2; sleep 5; fi; exec /usr/bin/scontrol "$@"'
@@ -311,6 +250,52 @@ def test_scancel_ends_a_chain_in_every_phase_and_submit_goes_on(cluster, start, 
 
 
 @beside
+def test_what_refuses_or_hangs_in_a_job_is_passed_over(tmp_path):
+    """Whatever is missing, hangs or is refused, the next way is taken; when none is left, the printed command goes on."""
+    reference = plain(tmp_path, EPOCHS)
+    closing = "--slurm-conf-extra=PartitionName=closing Nodes=n[1-2] MaxTime=INFINITE State=UP"
+    with Cluster.own("--nodes=2", "--cpus=8", closing) as cluster:
+        start = Starter(cluster, tmp_path)
+        tools = {name: tmp_path / f"tools-{name}" for name in ("hanging", "limit", "slow")}
+        for folder in tools.values():
+            folder.mkdir()
+        args, longer = {"trouble": WARNED}, {"trouble": WARNED, "nap": 0.7}
+        programs = refusing(tools["hanging"], "scontrol", "squeue", how="exec sleep 600")
+        hanging = start("hanging", args=longer, slurm=programs)
+        programs = refusing(tools["slow"], "scontrol", "sbatch", how="exec sleep 600")
+        slow = start("slow", args=longer, slurm=programs)
+        programs = refusing(tools["limit"], "scontrol")
+        limit = start("limit", args=args, slurm={"partition": "closing", **programs})
+        cluster.run(
+            "scontrol", "update", "PartitionName=closing", "State=DRAIN"
+        )  # nobody may submit there now
+        missing = start("missing", args=args, slurm=hiding(tmp_path / "tools-limit", "scontrol"))
+        bare = start("bare", args=args, slurm=hiding(tmp_path, "sbatch"), chain={"handoff": "resubmit"})
+        goes_on, stops = (missing, hanging), (limit, slow, bare)
+
+        printed = [
+            (limit, command_to_go_on(limit, "no way of handing over was left")),
+            (slow, command_to_go_on(slow, "no way of handing over was left")),
+            (bare, command_to_go_on(bare, "no way of handing over was left")),
+        ]
+        cluster.run("scontrol", "update", "PartitionName=closing", "State=UP")
+        for chain, words in printed:
+            assert cluster.wait_job(jobs_of(chain)[0])["ExitCode"] == "75:0"
+            chain.command(*words)
+        for chain in (*goes_on, *stops):
+            chain.wait_done(120)
+            assert_same(chain, reference)
+            assert len(chain.events("segment")) == 2
+        assert "scontrol is not on PATH" in refusals(missing)["requeue"]
+        assert "scontrol did not answer within" in refusals(hanging)["requeue"]
+        assert "not on this node" in refusals(limit)["requeue"]
+        assert "sbatch refused the job" in refusals(limit)["resubmit"]
+        assert "sbatch did not answer within" in refusals(slow)["resubmit"]
+        assert "sbatch is not on PATH" in refusals(bare)["resubmit"]
+        assert missing.events("handoff")[-1]["how"] == "resubmit"
+
+
+@beside
 def test_signals_and_limits_that_change(tmp_path):
     """A warning before Python listens, signals twice, a limit made shorter or longer: it stops in time, or goes on."""
     reference = plain(tmp_path, EPOCHS)
@@ -329,6 +314,8 @@ def test_signals_and_limits_that_change(tmp_path):
             if imports.events("segment"):
                 break
             cluster.run("scancel", "--signal=USR2", jobs_of(imports)[0], check=False)
+        shorter.wait(lambda: shorter.events("handoff"), 90, "the stop before the shortened limit")
+        cluster.run("scontrol", "update", f"JobId={jobs_of(shorter)[0]}", "TimeLimit=20")
         for chain in (imports, shorter, longer, twice):
             chain.wait_done(200)
             assert_same(chain, reference)
@@ -379,3 +366,5 @@ def test_a_lost_node_and_the_orphan_it_leaves(tmp_path):
             events = chain.events("segment", "checkpoint")
             assert [event["segment"] for event in events] == sorted(event["segment"] for event in events)
         assert [event["segment"] for event in orphaned.events("lost")] == [1]
+        metrics = [json.loads(line) for line in (orphaned.run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in metrics] == list(range(1, 12 * EPOCHS + 1))

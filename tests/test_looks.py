@@ -137,12 +137,13 @@ def test_logs_that_are_followed_end_where_a_chain_stops_by_itself(spoken, tmp_pa
     assert "step 7 on errors" in said
 
 
-def test_a_job_that_is_requeued_appends_and_is_marked_at_each_start(spoken, tmp_path, capsys):
+def test_a_job_that_is_requeued_appends_and_is_marked_at_each_start(spoken, tmp_path, capsys, monkeypatch):
     """Of one job's log with three starts, the second of which was killed before its segment, all is told apart."""
     run = RunDir(tmp_path / "run").create()
     shutil.copy(spoken.run.experiment, run.experiment)
-    first, second = spoken.run.logs(0)[0], spoken.run.logs(0)[-2]
-    text = first.read_text() + f"{second.read_text().splitlines()[0]}\nImporting\n" + second.read_text()
+    first, second = (path.read_text() for path in (spoken.run.logs(0)[0], spoken.run.logs(0)[-2]))
+    second = second.replace("segment 3: ", "segment 2: ")
+    text = first + f"{second.splitlines()[0]}\nImporting\n" + second
     (run.jobs / "77_0_log.out").write_text(text)
     (run.jobs / "77_0_log.err").write_text("slurmstepd: error: *** STEP 77.0 CANCELLED ***\n")
     where = {"host": "n1", "world_size": 1, "job": "77", "checkpoint": "step-00000007", "seconds": 0.1}
@@ -164,6 +165,16 @@ def test_a_job_that_is_requeued_appends_and_is_marked_at_each_start(spoken, tmp_
     assert len(marks) == 3
     assert said.splitlines()[-1].startswith("slurmstepd")
     assert "Importing" not in main(capsys, "logs", run.path, "--segment", "2", code=0)
+    monkeypatch.setattr("chainrun.logs.CHUNK", 50)  # of a log too long to be held at once
+    assert main(capsys, "logs", run.path, code=0) == said
+
+    lines = run.journal.read_text().splitlines(keepends=True)
+    run.journal.write_text("".join(line for line in lines if '"restart": 1, "nodes"' not in line))
+    lines = main(capsys, "logs", run.path, code=0).splitlines()  # the start that was killed has left no event
+    resumes = next(
+        number for number, line in enumerate(lines) if line.startswith("chainrun: segment 2: resuming")
+    )
+    assert lines[resumes - 1] == marks[2]
 
 
 # ---- status

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from chainrun import cli, experiment, journal
+from chainrun import breakers, cli, experiment, journal
 from chainrun.allocation import Allocation
 from chainrun.launch import submit
 from chainrun.lock import Lock
@@ -308,3 +308,30 @@ def test_a_resume_that_does_not_fit(folder, capsys):
         outcome.reason,
     )
     assert not RunDir(folder / "runs" / "exp").done.exists()
+
+
+def test_a_walltime_that_comes_before_a_boundary(folder, capsys):
+    """Exit code 1; what the walltime came before, which calls are missing, and the command that goes on."""
+    capsys.readouterr()
+    assert cli.main(["run", "exp.yaml", "function=train.py:never", "--walltime", "3s"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert re.search(
+        r"killed before it could save; no checkpoint had been written; its walltime came before a step boundary: call "
+        r"run\.step\(\) after every optimizer step .*\(--walltime\); to go on: chainrun run .*/exp/experiment\.yaml",
+        err,
+    )
+
+
+def test_jobs_that_slurm_ended_at_their_walltime_are_told_apart_from_crashes(folder):
+    """The chain stops after two of them, and says which calls are missing."""
+    run, _ = submit.prepare(experiment.load(folder / "exp.yaml"), folder)
+    for job in ("1", "2"):
+        journal.record(run, "start", job=job, restart=0, nodes=["node1"], gpus=0)
+        journal.record(run, "segment", segment=int(job), job=job, resumed=False, step=0)
+        journal.record(run, "lost", job=job, restart=0, segment=int(job), state="TIMEOUT", last_seen=0.0)
+    trip = breakers.tripped(run, experiment.load(folder / "exp.yaml").chain)
+    assert trip is not None
+    assert re.search(
+        r"2 segments in a row .*killed at its walltime before .* call run\.step\(\) .*slurm\.time", trip.why
+    )

@@ -33,7 +33,7 @@ sys.path.insert(0, str(disk.FAULTS))
 import power
 import steps as training
 
-CUTS = int(os.environ.get("CHAINRUN_CUTS", "60"))
+CUTS = int(os.environ.get("CHAINRUN_CUTS", "40"))
 SEED = int(os.environ.get("CHAINRUN_SEED", str(time.time_ns() % 1_000_000)))
 STEPS = 9
 KEEP = 2

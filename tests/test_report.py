@@ -25,7 +25,7 @@ import pytest
 from chainrun import cli, experiment, journal, report
 from chainrun.allocation import Allocation
 from chainrun.checkpoint.store import FORMAT, MANIFEST, seal
-from chainrun.launch import slurm, submit
+from chainrun.launch import ends, slurm, submit
 from chainrun.lock import Lock
 from chainrun.report import curves, look, page, reading, story
 from chainrun.rundir import RunDir, append_lines
@@ -589,10 +589,10 @@ def test_slurms_last_words_to_a_job_say_why_it_ended(tmp_path, monkeypatch, word
     stamps = [time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(began + after)) for after in (-30, 40)]
     log = tmp_path / "7_0_log.err"
     log.write_text(f"slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT {stamps[0]} DUE TO TIME LIMIT ***\n")
-    assert slurm.ended(tmp_path, "7", ["n1"], began, again=True) == ""
+    assert ends.state_of(tmp_path, "7", ["n1"], began, again=True) == ""
     with log.open("a") as file:
         file.write(words.format(stamps[1]) + "\n")
-    assert slurm.ended(tmp_path, "7", ["n1"], began, again=True) == state
+    assert ends.state_of(tmp_path, "7", ["n1"], began, again=True) == state
 
 
 @pytest.mark.parametrize(
@@ -609,7 +609,7 @@ def test_a_node_that_is_down_or_was_booted_since_has_failed(tmp_path, monkeypatc
     """Where the log has no last words, the job's nodes say whether one of them failed."""
     answer = slurm.Answer(True, f"NodeName=n1 Arch=x86_64 {node}\n")
     monkeypatch.setattr(slurm, "ask", lambda *command, **more: answer)
-    assert slurm.ended(tmp_path, "7", ["n1"], 1_790_000_000.0, again=True) == state
+    assert ends.state_of(tmp_path, "7", ["n1"], 1_790_000_000.0, again=True) == state
 
 
 def test_durations_and_parts_read_well():

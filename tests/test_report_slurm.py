@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, require_slurm
+from slurm_cluster import Cluster, beside, require_slurm
 from test_report import check, rows
 from test_slurm import Chain, assert_same, plain
 
@@ -23,7 +23,7 @@ from chainrun.rundir import read_json
 sys.path.insert(0, str(Path(__file__).parent.parent / "slurm"))
 from folder import Cluster as SlurmFolder
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 KEPT = Path(__file__).parent.parent / "artifacts" / "report"
 LOW = "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=10 MaxTime=INFINITE State=UP"
 EVERY = 10  # steps between two saves
@@ -50,6 +50,7 @@ def lose_power(cluster: Cluster, node: str, job: str, rank: int) -> None:
     cluster.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=power")
 
 
+@beside
 def test_a_chain_cut_by_preemption_node_failure_and_walltime_is_shown_as_that(tmp_path: Path) -> None:
     """Each segment's row says what ended it, lost work and handoffs have their price, and the run is exact all the same."""
     require_slurm()

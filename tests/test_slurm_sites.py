@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import sys
+from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, beside
@@ -28,7 +29,7 @@ print(*(job.job_id for job in jobs))
 # What a site's or a person's start files may set: another format of times and of squeue, other options of sbatch
 AMBIENT = (
     "export SLURM_TIME_FORMAT=relative SQUEUE_FORMAT=%A SQUEUE_STATES=FAILED SCANCEL_INTERACTIVE=1 "
-    "SBATCH_TIMELIMIT=1 SBATCH_HOLD=1 SLURM_CLUSTERS=elsewhere TZ=America/Caracas"
+    "SBATCH_TIMELIMIT=1 SBATCH_HOLD=1 TZ=America/Caracas"
 )
 
 
@@ -68,7 +69,7 @@ def test_arrays_reservations_and_shortened_limits(tmp_path):
         again = start.described("again", args={"trouble": WARNED})
         policy = {"handoff": "resubmit"}
         anew = start.described("anew", args={"trouble": WARNED}, chain=policy, slurm={"setup": [AMBIENT]})
-        elements = in_an_array(cluster, again, anew)
+        elements = in_an_array(cluster, anew, again)  # with the first one's setup
         policy = {"handoff": "resubmit", "retry_errors": 1}
         both = start(
             "both", chain=policy, slurm={"tasks_per_node": 2}, args={"trouble": {"how": "raised", "after": 3}}
@@ -89,13 +90,46 @@ def test_arrays_reservations_and_shortened_limits(tmp_path):
         assert (
             short.events("handoff")[0]["how"] == "resubmit"
         )  # a requeued job would keep the shortened limit
-        assert [event["job"] for event in again.events("segment")] == [elements[0]] * 2
+        assert [event["job"] for event in again.events("segment")] == [elements[1]] * 2
         assert [event["restart"] for event in again.events("segment")] == [0, 1]
         first, second = anew.events("segment")
-        assert (first["job"], second["job"]) == (elements[1], anew.events("submitted")[-1]["job"])
+        assert (first["job"], second["job"]) == (elements[0], anew.events("submitted")[-1]["job"])
         assert cluster.job(second["job"])["TimeLimit"] == "00:20:00"
 
         both.wait((both.run / "FAILED").exists, 120, "the failure after one retry")
         assert {event["segment"] for event in both.events("failed")} == {1, 2}
         assert len(jobs_of(both)) == 2
         assert [event["how"] for event in both.events("handoff")] == ["resubmit"]
+
+
+def entered(folder: Path) -> Path:
+    """Return a Python that is a script, as one that enters a container is; the Python inside takes itself for it."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (folder / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    python = folder / "bin" / "python"
+    python.write_text(f'#!/bin/bash\nexport INSIDE=1\nexec -a "$0" {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@beside
+def test_a_signal_comes_through_a_wrapper_where_only_the_first_process_gets_any(tmp_path):
+    """Under proctrack/cgroup, with a Python that is a script which ends in exec: warned far from its end, it stops."""
+    reference = plain(tmp_path, EPOCHS)
+    python = entered(tmp_path / "environment")
+    cluster = Cluster.up("--profile", "cgroup", "--nodes=1", "--fast-signals")
+    try:
+        chain = Starter(cluster, tmp_path).described("wrapped")
+        cluster.run(str(python), "-m", "chainrun", "submit", str(chain.file), cwd=chain.folder)
+        (job,) = jobs_of(chain)
+        chain.wait(chain.trace.with_suffix(".0").exists, 120, "the first step")
+        script = (chain.run / "jobs" / f"{job}_submission.sh").read_text()
+        assert f"{python} -u -m submitit" in script
+        cluster.run("scancel", "--signal=USR2", job)
+        chain.wait_done(150)
+        assert_same(chain, reference)
+        assert [event["reason"] for event in chain.events("stop")] == ["signal"]
+        assert [event["how"] for event in chain.events("handoff")] == ["requeue"]
+    finally:
+        cluster.down()

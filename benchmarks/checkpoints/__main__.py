@@ -6,6 +6,7 @@
     python benchmarks/checkpoints memory             peak memory above that before the save
     python benchmarks/checkpoints start              process start to first resumed step, beside plain PyTorch
     python benchmarks/checkpoints boundary           run.step() and run.poll() with nothing due
+    python benchmarks/checkpoints all                all of these on both states, and whether chainrun's promises hold
 
     --state transformer|small  --size 1e9  --device cpu|cuda  --rounds 5  --folder DIR  --only NAME,…
 
@@ -37,59 +38,52 @@ from typing import Any
 
 import start
 import torch
-from methods import METHODS, Method, State, opened, version
+from methods import METHODS, State, opened, version
 
 import chainrun
 
 HERE = Path(__file__).parent
 STEP_SECONDS = 0.02  # of the loop that `slowdown` trains, about
 Times = dict[str, list[float]]
+OURS, LAST, TORCH, ASYNC = "chainrun", "chainrun, last save", "torch.save", "dcp.async_save"
+DISK, MEMORY = "limit: O_DIRECT write", "limit: copy in memory"
 
 
-def take_turns(options: argparse.Namespace, timed: Callable[[Method], float]) -> Times:
-    """Return the seconds of every round, by method."""
-    times: Times = {name: [] for name in options.methods}
+def take_turns(options: argparse.Namespace) -> tuple[Times, Times]:
+    """Return the seconds that the loop waits, and those until all is on the disk, of every round, by method."""
+    stalls: Times = {name: [] for name in options.methods}
+    durables: Times = {name: [] for name in options.methods}
     state = State(options.state, options.size, options.device)
-    print(f"{state.nbytes / 1e9:.2f} GB in {len(state.tensors())} tensors on {options.device}\n", flush=True)
+    print(
+        f"\n{state.nbytes / 1e9:.2f} GB in {len(state.tensors())} tensors on {options.device}\n", flush=True
+    )
     with opened(options.methods, state, options.folder) as methods:
         for turn in range(options.rounds + 1):
             # not by turns in one order: whoever follows a method meets the page cache and the disk as it left them
             for name in random.Random(turn).sample(options.methods, len(methods)):
                 method = methods[name]
                 method.prepare()
-                took = timed(method)
+                began = time.perf_counter()
+                method.save()
+                stalled = time.perf_counter()
+                method.wait()
                 if turn:  # the first round warms up
-                    times[name].append(took)
+                    stalls[name].append(stalled - began)
+                    durables[name].append(time.perf_counter() - began)
     options.nbytes = state.nbytes
-    return times
+    return stalls, durables
 
 
 def durable(options: argparse.Namespace) -> None:
     """Seconds until the state is on the disk."""
-
-    def timed(method: Method) -> float:
-        began = time.perf_counter()
-        method.save()
-        method.wait()
-        return time.perf_counter() - began
-
-    options.methods = [name for name in options.methods if name != "limit: copy in memory"]
-    table(options, take_turns(options, timed))
+    options.methods = [name for name in options.methods if name != MEMORY]
+    table(options, take_turns(options)[1])
 
 
 def stall(options: argparse.Namespace) -> None:
     """Seconds that the loop waits for a periodic save."""
-
-    def timed(method: Method) -> float:
-        began = time.perf_counter()
-        method.save()
-        took = time.perf_counter() - began
-        method.wait()
-        return took
-
-    unfit = ("limit: O_DIRECT write", "chainrun, last save")
-    options.methods = [name for name in options.methods if name not in unfit]
-    table(options, take_turns(options, timed))
+    options.methods = [name for name in options.methods if name not in (DISK, LAST)]
+    table(options, take_turns(options)[0])
 
 
 def table(options: argparse.Namespace, times: Times) -> None:
@@ -101,6 +95,67 @@ def table(options: argparse.Namespace, times: Times) -> None:
         ratio = ours and statistics.median(a / b for a, b in zip(found, ours, strict=True))
         row = f"{middle:8.3f}s {min(found):8.3f} {max(found):8.3f} {options.nbytes / middle / 1e9:7.2f}"
         print(f"{name:32} {row}   {ratio or 0:.2f}")
+
+
+def all_(options: argparse.Namespace) -> None:
+    """Every measure, and the promises that chainrun makes beside what came out."""
+    rounds, folder, methods = options.rounds, options.folder, options.methods
+    kept: dict[str, tuple[Times, Times]] = {}
+    for options.state in ("transformer", "small"):
+        # the packages that write a file for every few tensors take half a minute a round here
+        options.rounds = rounds if options.state == "transformer" else max(2, rounds - 2)
+        options.folder = fresh(folder, options.state)
+        kept[options.state] = take_turns(options)
+        for title, times, unfit in zip(
+            ("what the loop waits for", "until all is on the disk"),
+            kept[options.state],
+            ((DISK, LAST), (MEMORY,)),
+            strict=True,
+        ):
+            print(f"{options.state}, {title}")
+            table(options, {name: found for name, found in times.items() if name not in unfit})
+            print(flush=True)
+    options.state, options.rounds, options.methods = "transformer", 2, methods
+    for title, measure in (("steps meanwhile", slowdown), ("memory", memory)):
+        print(f"\ntransformer, {title}")
+        options.folder = fresh(folder, measure.__name__)
+        measure(options)
+    options.rounds, options.folder = max(3, rounds - 2), fresh(folder, "start")
+    print("\nfrom the start of a process to the first resumed step", flush=True)
+    starts = start_(options)
+    options.folder = fresh(folder, "boundary")
+    print("\na boundary with nothing due", flush=True)
+    step = boundary(options)["run.step()"]
+
+    (stalls, durables), (_, small) = kept["transformer"], kept["small"]
+    promises = [
+        ("durable, 1 GB: torch.save and fsync / chainrun", ratio(durables, TORCH, OURS), 2.5, ">="),
+        ("durable, 25,000 tensors: torch.save and fsync / chainrun", ratio(small, TORCH, OURS), 15.0, ">="),
+        ("last save, 1 GB: chainrun / O_DIRECT write", ratio(durables, LAST, DISK), 1.15, "<="),
+        ("stall, 1 GB: chainrun / copy in memory", ratio(stalls, OURS, MEMORY), 1.3, "<="),
+        ("stall, 1 GB: dcp.async_save / chainrun", ratio(stalls, ASYNC, OURS), 4.0, ">="),
+        ("start to first resumed step: plain PyTorch / chainrun", starts, 2.0, ">="),
+        ("boundary with nothing due, µs", step, 0.5, "<="),
+    ]
+    print()
+    for name, found, bound, sign in promises:
+        if found is None:
+            print(f"{name:58} not measured")
+            continue
+        holds = found >= bound if sign == ">=" else found <= bound
+        print(f"{name:58} {found:6.2f}  {sign} {bound:<5} {'holds' if holds else 'MISSED'}")
+
+
+def fresh(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    return folder / name
+
+
+def ratio(times: Times, one: str, other: str) -> float | None:
+    """Return the median of the rounds' ratios of two methods."""
+    if one not in times or other not in times:
+        return None
+    return statistics.median(a / b for a, b in zip(times[one], times[other], strict=True))
 
 
 def slowdown(options: argparse.Namespace) -> None:
@@ -120,9 +175,7 @@ def slowdown(options: argparse.Namespace) -> None:
 
     count = max(1, round(STEP_SECONDS / min(step() for _ in range(5))))
     print(f"{'':32} {'before':>9} {'during':>9}   ratio  longest   steps during")
-    names = [
-        name for name in options.methods if not name.startswith("limit") and name != "chainrun, last save"
-    ]
+    names = [name for name in options.methods if name not in (DISK, MEMORY, LAST)]
     with opened(names, state, options.folder) as methods:
         for name, method in methods.items():
             before: list[float] = []
@@ -191,8 +244,8 @@ def resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def start_(options: argparse.Namespace) -> None:
-    """Seconds from the start of a process to the end of its first resumed step, by phases."""
+def start_(options: argparse.Namespace) -> float:
+    """Seconds from the start of a process to the end of its first resumed step, by phases; return how many times ours."""
     from chainrun import experiment
     from chainrun.launch import local, submit
     from chainrun.rundir import RunDir
@@ -232,6 +285,8 @@ def start_(options: argparse.Namespace) -> None:
     for name, rounds in phases.items():
         row = "".join(f"{statistics.median(times):20.2f}s" for times in zip(*rounds, strict=True))
         print(f"{name:16}{row}{statistics.median(map(sum, rounds)):11.2f}s")
+    both = zip(phases["plain PyTorch"], phases["chainrun"], strict=True)
+    return statistics.median(sum(plain) / sum(ours) for plain, ours in both)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -243,8 +298,9 @@ def drop_from_cache(path: Path) -> None:
         os.close(fd)
 
 
-def boundary(options: argparse.Namespace) -> None:
+def boundary(options: argparse.Namespace) -> dict[str, float]:
     """Microseconds of a boundary at which nothing is due, above those of an empty loop's turn."""
+    medians: dict[str, float] = {}
     run = chainrun.Run(options.folder / "run")
     loss = torch.tensor(1.0, device=options.device)
     calls: dict[str, Callable[[], None]] = {
@@ -259,21 +315,25 @@ def boundary(options: argparse.Namespace) -> None:
         run.step()  # the first one looks whether something was forgotten
         for name, call in calls.items():
             found = [cost(call, 100_000) for _ in range(options.rounds)]
-            print(f"{name:32} {statistics.median(found):7.3f} µs   from {min(found):.3f} to {max(found):.3f}")
+            medians[name] = statistics.median(found)
+            print(f"{name:32} {medians[name]:7.3f} µs   from {min(found):.3f} to {max(found):.3f}")
     run._close()
+    return medians
 
 
 def cost(call: Callable[[], Any], turns: int) -> float:
-    began = time.perf_counter()
+    """Return the microseconds of this thread that a call takes: what others do on the processor is not its own."""
+    began = time.thread_time()
     for _ in range(turns):
         call()
-    middle = time.perf_counter()
+    middle = time.thread_time()
     for _ in range(turns):
         pass
-    return (2 * middle - began - time.perf_counter()) / turns * 1e6
+    return (2 * middle - began - time.thread_time()) / turns * 1e6
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[[argparse.Namespace], object]] = {
+    "all": all_,
     "durable": durable,
     "stall": stall,
     "slowdown": slowdown,

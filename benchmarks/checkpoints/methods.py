@@ -129,7 +129,7 @@ class Chainrun(Method):
         self.run.step()
 
     def prepare(self) -> None:
-        self.run._saving.committed()  # what follows the commit too: the retirement of the one before
+        self.run._saving.settle()  # the retirement of the one before, which nobody waits for
         sync(self.folder)
         self.run.global_step += PERIOD - self.run.global_step % PERIOD - 1
 

@@ -28,6 +28,18 @@ def opened(path: Path) -> int | None:
     return None
 
 
+def is_possible(folder: Path) -> bool:
+    """Whether files in a folder are written over at all, which depends on its filesystem."""
+    try:
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        return _kind(file) in _OF_ONE_MACHINE
+    finally:
+        os.close(file)
+
+
 def _is_ours_alone(file: int) -> bool:
     """Whether nobody else has a file open: only then the kernel grants a lease on it."""
     try:

@@ -14,6 +14,7 @@ from chainrun.errors import RegisterError
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _KEYS = (*_PLAIN, tuple)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_STRIDED = torch.strided
 _LAYOUTS = (
     *(torch.strided, torch.sparse_coo),
     *(torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc),
@@ -32,9 +33,9 @@ _CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 def _is_common(value: Any) -> bool:
     """Whether it is of those kinds that are nearly all there is in a state, and that every checkpoint can hold."""
     kind = type(value)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        strided = value.layout is torch.strided and not value.is_nested
-        return strided and value.dtype not in _UNKNOWN and not value.__dict__
+    if kind in _TENSORS:
+        plain = value.dtype not in _UNKNOWN and not value.is_nested and not value.__dict__
+        return plain and value.layout is _STRIDED
     return kind is str or kind is float or kind is bool or (kind is int and -_INT <= value <= _INT)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import xxhash
 
+from chainrun.checkpoint import recycled
 from chainrun.checkpoint.source import digest
 from chainrun.errors import CheckpointError
 from chainrun.rundir import RunDir, fsync_dir, parse_checkpoint, read_json
@@ -235,7 +236,7 @@ class Store:
 
     def _keep(self, removed: Path, names: set[str]) -> bool:
         """Keep a retired directory's files of these names for the next save; return whether it was done."""
-        if not self.recycles or self._spare is not None:
+        if not self.recycles or self._spare is not None or not recycled.is_possible(removed):
             return False
         try:
             (removed / MANIFEST).unlink()  # first of all: what is written over never looks like a checkpoint

@@ -43,7 +43,7 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
         "auto": [_requeue, _resubmit],
     }[described.chain.handoff]
     # a job that is requeued keeps its options, and a limit that --time-min let SLURM shorten
-    shortened = described.chain.handoff == "auto" and {"time-min", "time_min"} & set(described.slurm.extra)
+    shortened = described.chain.handoff == "auto" and "time-min" in described.slurm.extra
     if avoids or shortened:
         ways = [_resubmit, *(way for way in ways if way is not _resubmit)]
     waiting = _waiting(run, allocation)
@@ -69,6 +69,16 @@ def hand_over(run: RunDir, allocation: Allocation, outcome: Outcome, signals: Si
     return _refuse(run, allocation, "no way of handing over was left")
 
 
+def _note_taken(run: RunDir, allocation: Allocation, fate: slurm.Fate, *, terminated: bool) -> None:
+    """Record why SLURM takes the job's nodes away, where it does and where it says so."""
+    state = "PREEMPTED" if fate.preempted else ""
+    if not state and fate.kind != "cancelled" and (terminated or fate.kind == "requeued"):
+        began = (journal.last(run, "start") or {"time": 0.0})["time"]
+        state = allocation.ended(allocation.job, allocation.nodes, began)
+    if state:
+        journal.record(run, "taken", job=allocation.job, restart=allocation.restart, state=state)
+
+
 def claim(run: RunDir, allocation: Allocation) -> bool:
     """Whether this rank is the one to hand over: where several have failed, only the first does."""
     try:
@@ -81,16 +91,6 @@ def claim(run: RunDir, allocation: Allocation) -> bool:
 def stand_by() -> None:
     """Wait for the end that comes when another rank has handed over: one's own end would come before that."""
     time.sleep(_STAND_BY)
-
-
-def _note_taken(run: RunDir, allocation: Allocation, fate: slurm.Fate, *, terminated: bool) -> None:
-    """Record why SLURM takes the job's nodes away, where it does and where it says so."""
-    state = "PREEMPTED" if fate.preempted else ""
-    if not state and fate.kind != "cancelled" and (terminated or fate.kind == "requeued"):
-        began = (journal.last(run, "start") or {"time": 0.0})["time"]
-        state = allocation.ended(allocation.job, allocation.nodes, began)
-    if state:
-        journal.record(run, "taken", job=allocation.job, restart=allocation.restart, state=state)
 
 
 def halt(run: RunDir, allocation: Allocation, why: str, options: str = "") -> None:

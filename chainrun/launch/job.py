@@ -10,13 +10,15 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainrun.allocation import Allocation
 from chainrun.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from chainrun.launch import slurm
+from chainrun.launch import ends, slurm
 from chainrun.rundir import RunDir
 from chainrun.training.stop import Signals, kill
 
@@ -36,8 +38,9 @@ class Job:
         environment = dict(os.environ)  # before the segment and the user's code add to it
         signals = Signals().install()  # over submitit's, which would requeue from inside a signal handler
         _one_log()
+        slurm.begin()
         run = RunDir(Path(self.path))
-        allocation = _local_allocation() if LOCAL in os.environ else slurm.allocation(run.jobs)
+        allocation = _local_allocation() if LOCAL in os.environ else _slurm_allocation(run)
         try:
             _carry(run, allocation, signals, environment)
         finally:
@@ -131,6 +134,15 @@ def _end_workers() -> None:
     """End loader workers that hang: multiprocessing would wait for them for ever when it exits."""
     processes = sys.modules.get("multiprocessing")
     kill([child for child in processes.active_children() if child.daemon] if processes else [])
+
+
+def _slurm_allocation(run: RunDir) -> Allocation:
+    here = slurm.allocation()
+
+    def ended(job: str, nodes: Sequence[str], began: float) -> str:
+        return ends.state_of(run.jobs, job, nodes, began, again=job == here.job)
+
+    return replace(here, ended=ended)
 
 
 def _local_allocation() -> Allocation:

@@ -239,6 +239,9 @@ def _partition(site: Site, name: str | None, described: Experiment | None) -> It
         yield Finding("note", "sbatch", text, "chain: {handoff: requeue}", page="no-sbatch-on-nodes.md")
     if described is None:
         return
+    if reservation := described.slurm.extra.get("reservation"):
+        text = f"{reservation}: SLURM ends its jobs with it, without a warning; chainrun asks for its end and stops before"
+        yield Finding("note", "reservation", text, page="reservations.md")
     time = described.slurm.time
     if time is None:
         text = f"slurm.time is missing; {name} allows {format_duration(limit) if limit else 'any time'}"

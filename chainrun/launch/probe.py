@@ -90,8 +90,7 @@ class Probe(Job):
         signal.signal(signal.SIGUSR2, lambda *_: warned.append(time.time()))
         # submitit ignores it, and a requeue would wait for KillWait
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        run = RunDir(Path(self.path))
-        place = slurm.allocation(run.jobs)
+        run, place = RunDir(Path(self.path)), slurm.allocation()
         end = place.end()
         found: dict[str, Any] = {
             "host": place.host,

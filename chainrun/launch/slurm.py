@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from chainrun.allocation import Allocation
@@ -20,6 +19,12 @@ from chainrun.errors import ClusterError
 TIMEOUT = 20.0  # seconds after which a SLURM command counts as hanging
 _QUESTION = 5.0  # the same for questions, which the training asks too
 _LEAST = 1.0
+_DEVICES = {
+    "CUDA_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "GPU_DEVICE_ORDINAL",
+    "ZE_AFFINITY_MASK",
+}  # set by SLURM
 _UTC = "UTC0"  # as TZ: times of the clocks' change in autumn have one meaning
 _IN_A_JOB = 5.0  # the same inside a job of which nobody says when it ends
 
@@ -83,6 +88,27 @@ def ask(*command: str, most: float = TIMEOUT, **variables: str) -> Answer:
         lines = (done.stderr or done.stdout).strip().splitlines()
         return Answer(False, lines[-1] if lines else f"{command[0]} ended with {done.returncode}")
     return Answer(True, done.stdout)
+
+
+begun: dict[str, str] = {}  # the environment that the job's process began with
+
+
+def begin() -> None:
+    """Remember the environment before the user's code adds to it: addresses, ranks, devices of this job alone."""
+    begun.update(os.environ)
+
+
+def outside(variables: dict[str, str]) -> dict[str, str]:
+    """Return an environment without what a job that it comes from has set, and what sbatch would take for options."""
+    job = variables.get("SLURM_JOB_ID")
+    names = {"SLURM_CONF"} & set(variables)
+    names |= {
+        name for name in variables if not name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_", "PMI"))
+    }
+    if job is not None:
+        names -= _DEVICES if "SLURM_JOB_GPUS" in variables else set()
+        names -= {name for name in ("TMPDIR", "TMP", "TEMP") if job in variables.get(name, "")}
+    return {name: variables[name] for name in names}
 
 
 def need(*commands: str) -> None:
@@ -222,71 +248,23 @@ def last_state(job: str) -> str:
     return state
 
 
-_LAST_WORDS = re.compile(
-    r"\*\*\* (?:JOB|STEP) (\S+) ON \S+ CANCELLED AT (\d\S+?)(?: DUE TO ([A-Z ]+?))?(?:,[^*]*)? \*\*\*"
-)
-_CAUSES = {
-    "PREEMPTION": "PREEMPTED",
-    "NODE FAILURE": "NODE_FAIL",
-    "TIME LIMIT": "TIMEOUT",
-    "JOB REQUEUE": "REQUEUED",
-}
 _GONE = ("DOWN", "FAIL", "NOT_RESPONDING", "*")  # in the state of a node
 
 
-def ended(logs: Path, job: str, nodes: Sequence[str], began: float, *, again: bool) -> str:
-    """Return in which state a start of a job ended, in the words of SLURM's states; empty where nobody knows.
-
-    Without accounting SLURM forgets how a job ended that it has put back into the queue. Its last words to the job
-    are in the job's log then, and its nodes may still be missing.
-
-    Args:
-        logs: the folder of the jobs' logs.
-        job: the job.
-        nodes: its nodes.
-        began: when that start began, in seconds since the epoch.
-        again: whether the job has been started again since, so that its present state says nothing.
-    """
-    state = "" if again else states([job], ended=True).get(job, ("", ""))[0]
-    if state not in ("", "COMPLETED", "COMPLETING"):
-        return state
-    said = _CAUSES.get(_last_words(logs, job, began))
-    if said is not None:
-        return said
-    answer = (
-        ask("scontrol", "--oneliner", "show", "node", ",".join(nodes), most=_QUESTION, TZ=_UTC)
-        if nodes
-        else None
-    )
-    for node in records(answer.text) if answer and answer.ok else []:
-        booted = _seconds(node.get("BootTime", ""))
-        if any(word in node.get("State", "") for word in _GONE) or (booted or 0.0) > began:
-            return "NODE_FAIL"
-    return state
+def have_failed(nodes: Sequence[str], since: float) -> bool:
+    """Whether one of the nodes is down, or has been booted since a time in seconds since the epoch."""
+    if not nodes:
+        return False
+    answer = ask("scontrol", "--oneliner", "show", "node", ",".join(nodes), most=_QUESTION, TZ=_UTC)
+    for node in records(answer.text) if answer.ok else []:
+        booted = _seconds(node.get("BootTime", "")) or 0.0
+        if booted > since or any(word in node.get("State", "") for word in _GONE):
+            return True
+    return False
 
 
-def _last_words(logs: Path, job: str, began: float) -> str:
-    """Return why SLURM has ended a start of a job, in its own words; empty where it has not said why."""
-    found = (began - 1, "")  # its stamps are whole seconds
-    for log in logs.glob(f"{job}_*log.err"):
-        with contextlib.suppress(OSError), open(log, "rb") as file:
-            file.seek(max(0, log.stat().st_size - 1_000_000))
-            for whose, stamp, cause in _LAST_WORDS.findall(file.read().decode(errors="replace")):
-                with contextlib.suppress(ValueError):
-                    at = datetime.datetime.fromisoformat(
-                        stamp
-                    ).timestamp()  # slurmstepd's, in this machine's zone
-                    if whose.partition(".")[0] == job:
-                        found = max(found, (at, cause))
-    return found[1]
-
-
-def allocation(logs: Path) -> Allocation:
-    """Return this process's place in the SLURM job that it runs in.
-
-    Args:
-        logs: the folder of the jobs' logs.
-    """
+def allocation() -> Allocation:
+    """Return this process's place in the SLURM job that it runs in."""
     from submitit.slurm.slurm import SlurmJobEnvironment  # parses SLURM's short form of lists of nodes
 
     env = os.environ
@@ -323,7 +301,6 @@ def allocation(logs: Path) -> Allocation:
         nodes=tuple(SlurmJobEnvironment().hostnames),
         node_name=env.get("SLURMD_NODENAME", ""),
         gpus=nodes * int(env.get("SLURM_GPUS_ON_NODE") or 0),
-        ended=lambda earlier, on, began: ended(logs, earlier, on, began, again=earlier == job),
         queued=queued,
         end=end,
     )

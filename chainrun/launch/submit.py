@@ -30,15 +30,6 @@ _TIMED_OUT = 124  # what timeout(1) ends with
 # A warning that comes before Python listens would kill it: so it is ignored, the job's end is asked for anyway.
 # exec, since under proctrack/cgroup only the first process of a rank gets signals at all.
 _PYTHON = f"""/bin/sh -c 'trap "" USR2; exec "$@"' sh {shlex.quote(sys.executable)}"""
-_NO_CHAIN = {
-    "array",
-    "clusters",
-    "cluster_constraint",
-    "cluster-constraint",
-    "test-only",
-    "test_only",
-    "wrap",
-}
 LEAST_LEAD, MOST_LEAD = 10.0, 120.0  # seconds that SLURM's own warning comes before the end, where lead: auto
 
 
@@ -169,13 +160,8 @@ def check(described: Experiment) -> None:
     """Check what only a submission to SLURM needs.
 
     Raises:
-        ExperimentError: the time limit is missing, or an option makes more than one job of it, or none here.
+        ExperimentError: the time limit is missing.
     """
-    for key in _NO_CHAIN & set(described.slurm.extra):
-        raise ExperimentError(
-            f"slurm.extra.{key} cannot be set: a run is carried by one job after another, of the cluster that squeue "
-            "and scontrol ask here; submit an experiment for each run"
-        )
     if described.slurm.time is None:
         raise ExperimentError("slurm.time is missing: how long may one job run? For example slurm.time=4h")
 
@@ -292,16 +278,16 @@ def _why_refused(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _outside_of_any_job() -> Iterator[None]:
-    """Hide the present job's variables from sbatch, which would take them for options of the new one."""
-    keep = {"SLURM_CONF"}
-    hidden = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")) and name not in keep
-    }
-    for name in hidden:
-        del os.environ[name]
+    """Hide the present job from sbatch, which would take its variables for options and hand them on to the new one."""
+    present = dict(os.environ)
+    _set_environment(slurm.outside(slurm.begun or present))
     try:
         yield
     finally:
-        os.environ.update(hidden)
+        _set_environment(present)
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    for name in set(os.environ) - set(variables):
+        del os.environ[name]
+    os.environ.update(variables)

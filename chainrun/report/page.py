@@ -67,10 +67,10 @@ def _cards(story: Story) -> Html:
     lost = sum(segment.lost_steps for segment in story.segments)
     left = [s.unused for s in story.segments if s.unused is not None and s.ending.kind == "walltime"]
     kept = [one for one in story.checkpoints if one.exists]
-    # of the steps of trained segments; what is not yet saved counts as trained
+    where = "with nodes" if story.node_hours else "in segments"
     cards = [
-        card(part(story.goodput), "goodput", "training that counts, of the time with nodes"),
-        card(duration(story.total("train")), "training", f"of {duration(story.allocated)} with nodes"),
+        card(part(story.goodput), "goodput", f"training that counts, of the time {where}"),
+        card(duration(story.total("train")), "training", f"of {duration(story.allocated)} {where}"),
     ]
     if story.node_hours:
         gpus = f"{look.hours(story.gpu_hours)} GPU hours" if story.gpu_hours else "no GPUs"

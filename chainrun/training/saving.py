@@ -95,6 +95,8 @@ class Saving:
         self._planner = Planner()
         self._staging = Staging(self._planner)
         self._running: Future[bool] | None = None
+        self._tidying: Future[None] = Future()
+        self._tidying.set_result(None)
         self._progress = Progress()  # of the save that was begun last
         self._seconds = 0.0  # that the last committed one took
         self._device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
@@ -232,6 +234,11 @@ class Saving:
         if self._running is not None and self._running.done():
             self._running.result()
 
+    def settle(self) -> None:
+        """Wait until nothing is under way, the removal of older checkpoints included."""
+        self.committed()
+        self._tidying.result()
+
     def committed(self) -> bool:
         """Wait for the save under way, if there is one; return whether the last one begun was committed."""
         return self._running is None or self._running.result()
@@ -248,6 +255,8 @@ class Saving:
         if wish.kind == "stop" and self.busy:
             self._finish_or_give_up()
         self.committed()
+        if self._tidying.done():
+            self._tidying.result()  # raises what it should not have raised
         waited = time.perf_counter() - began
         about = {
             "run": self._setting.id,
@@ -276,6 +285,8 @@ class Saving:
         )
         if not background:
             self._running.result()
+        if not background and wish.kind == "save":
+            self._tidying.result()
 
     def _finish_or_give_up(self) -> None:
         """Give the save under way up if, of it and of the last one, there is time for one only.
@@ -355,11 +366,15 @@ class Saving:
             )
             if wish.kind == "stop":
                 self._store.recycles = False
-            with contextlib.suppress(OSError):  # tried again after the next save
-                for _ in self._store.retire(setting.keep, setting.keep_every):
-                    pass
-            self._look_for_room()
+            self._tidying = self._thread.submit(self._tidy)
         return True
+
+    def _tidy(self) -> None:
+        """Retire older checkpoints, in the thread: the last save of a segment is safe without waiting for it."""
+        with contextlib.suppress(OSError):  # tried again after the next save
+            for _ in self._store.retire(self._setting.keep, self._setting.keep_every):
+                pass
+        self._look_for_room()
 
     def _save(self, step: int, mine: Ready, about: dict[str, Any], unready: str | None) -> tuple[Path, float]:
         """Write and commit; where the disk or a quota is full, again without the older checkpoints."""

@@ -22,7 +22,7 @@ def keep(run: RunDir) -> None:
     time.sleep(600)
 
 
-def contend(run: RunDir, job: str, start: float, out: int) -> None:
+def contend(run: RunDir, job: str, start: float, out: int, go: int) -> None:
     lock = Lock(run, job, 0)
     time.sleep(max(0.0, start - time.time() - 0.001))
     while time.time() < start:
@@ -32,7 +32,8 @@ def contend(run: RunDir, job: str, start: float, out: int) -> None:
         taken = True
     except Locked:
         taken = False
-    time.sleep(max(0.0, start + 0.05 - time.time()))  # every contender has made its move
+    os.write(out, b"\n")
+    os.read(go, 1)  # comes back when every contender has made its move: nobody is dead until then
     os.write(out, json.dumps([taken, lock.held()]).encode() + b"\n")
 
 
@@ -52,21 +53,27 @@ def rounds(run: RunDir, contenders: int, count: int) -> None:
         }
         run.lock.write_text(json.dumps(holder))
         readable, writable = os.pipe()
+        go, all_moved = os.pipe()
         start = time.time() + 0.03
         pids = []
         for contender in range(contenders):
             pid = os.fork()
             if pid == 0:
                 try:
-                    contend(run, f"{number}.{contender}", start, writable)
+                    os.close(all_moved)
+                    contend(run, f"{number}.{contender}", start, writable, go)
                 finally:
                     os._exit(0)
             pids.append(pid)
+        os.close(writable)
+        os.close(go)
+        with open(readable) as answers:
+            for _ in pids:
+                answers.readline()
+            os.close(all_moved)
+            found = [json.loads(line) for line in answers]
         for pid in pids:
             os.waitpid(pid, 0)
-        os.close(writable)
-        with open(readable) as answers:
-            found = [json.loads(line) for line in answers]
         print(json.dumps([sum(taken for taken, _ in found), sum(held for _, held in found)]), flush=True)
 
 

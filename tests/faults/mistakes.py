@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 import chainrun
@@ -70,3 +72,10 @@ def nested(run):
 def two_names(run):
     model = torch.nn.Linear(1, 1)
     run.register(model=model, ema=model)
+
+
+def never(run):
+    """Come to no boundary: a loop that forgot to call step."""
+    run.register(model=torch.nn.Linear(1, 1))
+    while True:
+        time.sleep(0.1)

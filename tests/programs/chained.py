@@ -46,6 +46,8 @@ def train(
     slow_at: int = 0,
     trouble: dict | None = None,
 ):
+    assert "OF_A_SEGMENT_BEFORE" not in os.environ  # as MASTER_ADDR and RANK are set by many a program
+    os.environ["OF_A_SEGMENT_BEFORE"] = str(run.segment)
     steps = 0
     ddp = run.world_size > 1
     if ddp:
