@@ -13,7 +13,7 @@ import chainrun
 SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Yields")
 # of Run, for chainrun's own segment, displays and verify
 INTERNAL = {"passed_a_boundary", "walking", "registered", "things", "progress"}
-ORDER = ["Run", "DataLoader", "run", "submit", "Chain", "verify", "Verdict", "Checkpoint"]
+ORDER = ["Run", "DataLoader", "run", "submit", "Chain", "ChainFailed", "verify", "Verdict", "Checkpoint"]
 
 
 def text(docstring: str) -> str:
@@ -38,6 +38,8 @@ def text(docstring: str) -> str:
 
 def signature(thing: Any) -> str:
     """Return the parameters, as they are written."""
+    if inspect.isclass(thing) and issubclass(thing, Exception):
+        return ""
     found = re.sub(r"""(: |-> )(["'])(.*?)\2""", r"\1\3", str(inspect.signature(thing)))
     return found.replace("(self, ", "(").replace("(self)", "()")
 

@@ -22,7 +22,7 @@ from chainrun.launch import slurm, submit
 from chainrun.launch.job import Job
 from chainrun.rundir import RunDir, check_format
 
-_USAGE = "python -m chainrun.launch.sbatch open EXP [k=v …], or segment RUN; see slurm/chain.sbatch"
+_USAGE = "python -m chainrun.launch.sbatch open EXP [k=v …] [--override] [--frozen], or segment RUN; see slurm/chain.sbatch"
 _REQUEUE = "chain.handoff=requeue"
 
 
@@ -30,19 +30,24 @@ def open_for_job(file: Path, overrides: Sequence[str], job: str, restart: int) -
     """Make the run directory of an experiment, or open it, for the job that asks.
 
     Args:
+        overrides: as on the command line, ``--override`` and ``--frozen`` among them.
         job: id of the job in which this runs.
         restart: how often SLURM has started it before: a requeued job goes on as it was.
 
     Raises:
         UsageError: the experiment is wrong, or another job trains the run.
     """
+    flags = {"--override", "--frozen"}.intersection(overrides)
+    overrides = [word for word in overrides if word not in flags]
     described = experiment.load(file, [*overrides, _REQUEUE])
     run = RunDir(described.run_dir)
     if run.experiment.exists():
         check_format(run)
         if restart and job in submit.jobs_of(run):
             return run
-    run, how = submit.prepare(described, file.absolute().parent)
+    run, how = submit.prepare(
+        described, file.absolute().parent, override="--override" in flags, keep_code="--frozen" in flags
+    )
     if how != "done":
         script = slurm.job_record(job).get("Command", "SCRIPT").split()[0]  # its arguments follow
         again = shlex.join(["sbatch", script, str(file.absolute()), *overrides])
