@@ -53,7 +53,9 @@ class Job:
         return DelayedSubmission(self)
 
 
-def _carry(run: RunDir, allocation: Allocation, signals: Signals, environment: dict[str, str]) -> None:
+def _carry(
+    run: RunDir, allocation: Allocation, signals: Signals, environment: dict[str, str] | None = None
+) -> None:
     from chainrun.launch import group, handoff  # not while unpickling
     from chainrun.segment import run_segment
 
