@@ -104,7 +104,9 @@ def kind(before: dict, after: dict) -> str:
             return f"a {'final' if last else 'periodic'} save at {stage}"
     if newest and [newest] != after["told"][-1:]:
         return "a save just committed"
-    if after["unfinished"] or len(after["committed"]) > 2:
+    # one retired directory, with nothing but the ranks' files, is kept for the next save
+    left = [files for files in after["unfinished"].values() if not files or "manifest.json" in files]
+    if left or len(after["unfinished"]) > 1 or len(after["committed"]) > 2:
         return "a removal"
     return "a step" if os.WIFSIGNALED(after["statuses"][0]) else "nothing, it was over"
 
