@@ -246,7 +246,9 @@ def _set_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
             optimizer.state.pop(parameter, None)
             if index in saved["state"]:
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if isinstance(value, torch.Tensor) and value.dim() else value
+                    key: value.to(parameter.device)
+                    if isinstance(value, torch.Tensor) and value.dim()
+                    else value
                     for key, value in saved["state"][index].items()
                 }
 
@@ -407,6 +409,26 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
                 f"a learning-rate scheduler drives the optimizer '{name}' and is not registered; unless it is "
                 "set anew in every step, a resumed run will have other learning rates"
             )
+
+
+def strangers(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:
+    """Yield the optimizers that train registered parameters, have state, and are not registered."""
+    owners = {
+        id(parameter): name
+        for name, thing in things.items()
+        if isinstance(thing, _Module)
+        for parameter in thing.parameters
+    }
+    inside = {id(value) for thing in originals for value in getattr(thing, "__dict__", {}).values()}
+    known = inside | {id(thing) for thing in originals}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.optim.Optimizer) and id(one) not in known and any(one.state.values()):
+            trained = {owners.get(id(p)) for group in one.param_groups for p in group["params"]} - {None}
+            if trained:
+                yield (
+                    f"an optimizer ({type(one).__name__}) that trains '{min(map(str, trained))}' is not registered; "
+                    "a resumed run begins with a new one, without its state"
+                )
 
 
 def _of_torch(thing: Any) -> bool:

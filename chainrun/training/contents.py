@@ -27,6 +27,7 @@ from chainrun.training.variables import is_users_own
 
 LARGE = 64 * 1024  # bytes of one attribute, above which it is data rather than state
 _NUMBERS = (bool, int, float, type(None))
+_HOLDS = (str, bytes, list, tuple, dict, set, deque, np.ndarray, torch.Tensor)  # what is no open file
 _DEPTH, _WIDTH = 6, 64  # how deep objects are looked for, and in how long containers
 _SAMPLE = 256
 
@@ -54,11 +55,12 @@ class Contents:
         found: dict[str, Any] = {}
         others: set[str] = set()
         for path, owner in self._owners().items():
-            mine = {
-                f"{path}.{name}": self._encoded(f"{path}.{name}", value)
-                for name, value in carried.fields(owner)
-            }
-            opened = {place for place, value in mine.items() if value is _NOT_STATE}
+            mine, opened = {}, set()
+            for name, value in carried.fields(owner):
+                place = f"{path}.{name}"
+                mine[place] = self._encoded(place, value)
+                if mine[place] is _NOT_STATE and not isinstance(value, _HOLDS):
+                    opened.add(place)
             others |= opened
             if self._caches and self._others is not None and not opened <= self._others:
                 self._left_alone.add(path)
@@ -323,7 +325,10 @@ def _refilled(live: Any, value: Any) -> Any:
     """Return what has the content of `value`, the same objects as far as that is possible."""
     if type(live) is not type(value):
         return value
-    if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (value.shape, value.dtype):
+    if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
+        value.shape,
+        value.dtype,
+    ):
         live[...] = value
     elif isinstance(live, (list, tuple)):
         known = [*live[: len(value)], *[None] * (len(value) - len(live))]
@@ -333,9 +338,9 @@ def _refilled(live: Any, value: Any) -> Any:
         elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):
             return tuple(items)
     elif isinstance(live, dict):
-        items = {key: _refilled(live.get(key), one) for key, one in value.items()}
+        content = {key: _refilled(live.get(key), one) for key, one in value.items()}
         live.clear()
-        live.update(items)
+        live.update(content)
     elif isinstance(live, set):
         live.clear()
         live.update(value)

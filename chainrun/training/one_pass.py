@@ -71,6 +71,7 @@ class OnePass:
         self.superseded = False
         self._failed = False
         self.iterator: Callable[[], Any] = lambda: None  # what the function has got
+        self._looked = False  # for iterators around it that no cut can go on from
         self._counts: list[int] = []  # of each enumerate() around it, when the checkpoint was taken
 
     def start(self) -> None:
@@ -203,8 +204,10 @@ class OnePass:
                 "data was left in by that error is not known to a resume. Catch the error inside the data set, and "
                 "return another item or None; or leave the loop"
             )
-        if self.handed_out == 1 and chain.passes <= 2 and self._mark.boundaries != chain.position.boundaries:
-            wrapped.refuse(self.iterator(), chain.name)  # the others have no boundary inside, or go on as these did
+        if not self._looked and self.handed_out and self._mark.boundaries != chain.position.boundaries:
+            self._looked = True  # only a pass with boundaries inside is ever cut
+            if chain.passes <= 2:  # the later ones are asked like these
+                wrapped.refuse(self.iterator(), chain.name)
         chain.on_head(self._mark)
         if self._counts:
             wrapped.set_counts(self.iterator(), self._counts)

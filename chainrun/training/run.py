@@ -369,7 +369,10 @@ class Run:
             self._checked, self._next = True, self._first_due
             self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
-            for line in objects.forgotten(self._objects, things):
+            for line in (
+                *objects.forgotten(self._objects, things),
+                *objects.strangers(self._objects, things),
+            ):
                 self._setting.say(f"warning: {line}")
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:

@@ -28,8 +28,9 @@ _REMEMBER: dict[type, str] = {
 }
 if sys.version_info >= (3, 12):
     _REMEMBER[itertools.batched] = "holds several batches: take one in each turn"
-_COUNT = (*(type(iter(kind)) for kind in (range(0), range(2**99), [], (), "")), itertools.count)
-_STAND_BETWEEN = (
+_ITERATORS: list[Any] = [iter(range(0)), iter(range(2**99)), iter([]), iter(()), iter("")]
+_COUNT: tuple[type, ...] = (*map(type, _ITERATORS), itertools.count)
+_STAND_BETWEEN: tuple[type, ...] = (
     *(enumerate, zip, map, filter, itertools.chain, itertools.takewhile, itertools.starmap),
     *(itertools.filterfalse, itertools.zip_longest, types.GeneratorType),
     *_REMEMBER,
@@ -47,7 +48,7 @@ def around(iterator: Any) -> list[Any]:
         outer = [
             one
             for one in gc.get_referrers(*level)
-            if (isinstance(one, _STAND_BETWEEN) or type(one) is tuple) and id(one) not in seen
+            if (issubclass(type(one), _STAND_BETWEEN) or type(one) is tuple) and id(one) not in seen
         ]
         seen.update(map(id, outer))
         found += (one for one in outer if type(one) is not tuple)  # zip and map hold one
@@ -61,7 +62,11 @@ def _running_generators() -> Iterator[Any]:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("chainrun."):
         frame = frame.f_back
     while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
-        yield from (one for one in gc.get_referrers(frame) if getattr(one, "gi_frame", None) is frame)
+        yield from (
+            one
+            for one in gc.get_referrers(frame)
+            if type(one) is types.GeneratorType and one.gi_frame is frame
+        )
         frame = frame.f_back
 
 
