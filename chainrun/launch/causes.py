@@ -148,7 +148,7 @@ def _counts(evidence: Evidence) -> Iterator[Cause]:
         if a["held"][name][0] == "int" and other in ("0", "1") and one and int(one) > int(other):
             yield (
                 f"`{name.partition(' in ')[0]}` counts from {other} again (uninterrupted it is {one}), as "
-                "a count in a local variable does",
+                "what stands beside the loader in zip() does",
                 "count with enumerate(loader) or run.global_step, or keep the count in run.state",
             )
 

@@ -98,10 +98,8 @@ def global_of_the_module(run):
 def counted(run):
     model, optimizer, _, loader = begin(run)
     for _ in run.epochs(3):
-        number = 0
-        for batch in loader:
+        for number, batch in zip(map(int, range(20)), loader, strict=False):
             run.step(loss=update(model, optimizer, batch, 1 + number))
-            number += 1  # noqa: SIM113 the fault: enumerate() would go on
 
 
 class Trainer:
