@@ -650,3 +650,99 @@ def test_two_passes_at_the_same_time_are_refused() -> None:
 
     with pytest.raises(RegisterError, match="two passes over the loader 'loader'"):
         cut(train)
+
+
+# ---- what data set and collate function keep in attributes ----------------------------------------------
+
+
+class Crop:
+    """A collate function that counts, and draws for itself."""
+
+    def __init__(self) -> None:
+        self.own, self.calls = random.Random(5), 0
+
+    def __call__(self, items: list[torch.Tensor]) -> torch.Tensor:
+        self.calls += 1
+        return (torch.stack(items) * self.own.random() + self.calls) / 100
+
+
+class Remembering(Noisy):
+    """Items that it has drawn come again, harder; what opens a file once has a flag for it."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.level, self.drawn = 1.0, {}
+        self.labels = torch.zeros(length).double(), "a name"
+        self.file, self.is_open = None, False
+        self.cache: dict[int, bytes] = {}
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index not in self.drawn:
+            self.drawn[index] = super().__getitem__(index)
+        self.cache.setdefault(index, bytes(10_000))  # grows large, and is no state
+        return self.drawn[index] * self.level + self.labels[0][index]
+
+
+class Opening(Noisy):
+    """Its flag must not come back without its file."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.is_open = False
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if not self.is_open:
+            self.file, self.is_open = open(__file__), True  # noqa: SIM115
+        assert self.file.readable()
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_attributes_of_data_and_collate_that_change_are_exact_at_every_cut(workers: int) -> None:
+    """A level raised after each epoch, labels written at each step through another name, a cache of draws, a count."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        items = Remembering(8)
+        labels = items.labels[0]
+        model, optimizer = parts()
+        options = {"num_workers": workers, "persistent_workers": workers > 0}
+        loader = DataLoader(items, batch_size=2, shuffle=True, collate_fn=Crop(), **options)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(3):
+            for batch in loader:
+                labels[run.global_step % 8] += batch.sum()
+                learn(run, model, optimizer, batch)
+            items.level *= 1.5
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=12)
+
+
+def test_an_attribute_that_tells_of_an_open_file_does_not_come_back_without_it() -> None:
+    """The object is left alone, which for such flags is exact."""
+    cut_everywhere(training(functools.partial(Opening, 8), batch_size=2, num_workers=1), least=8)
+
+
+class Labelled(Noisy):
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.labels = torch.zeros(length, 20_000)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index) + self.labels[index].sum()
+
+
+def test_a_large_tensor_of_the_data_that_has_changed_is_refused_at_resume() -> None:
+    """Too large to be saved beside the checkpoint at every step; the message says what to do."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        items = Labelled(8)
+        loader = DataLoader(items, batch_size=2)
+        run.register(loader=loader)
+        for _ in run.epochs(2):
+            for batch in loader:
+                items.labels += batch.sum()
+                run.step(batch=batch.sum())
+
+    with pytest.raises(RestoreError, match=r"'labels' of the data set Labelled had changed .* state_dict"):
+        cut(train, [2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import Segment, cut, digest, marks, metrics, plain, sweep, sweep_boundaries
+from chain import Segment, cut, cut_everywhere, digest, marks, metrics, plain, sweep, sweep_boundaries
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 import chainrun
 from chainrun.errors import RegisterError, RestoreError
@@ -903,3 +905,103 @@ def test_a_checkpoint_asked_for_anywhere_can_be_gone_on_from(train: Any, tmp_pat
     assert saved.name < newest.name
     shutil.rmtree(newest)  # as if the job had been killed at that step
     assert plain(train).difference(cut(train, dir=tmp_path)) is None
+
+
+# ---- between the loop and the loader -------------------------------------------------------------------
+
+
+def _through(batches: Any) -> Any:
+    yield from batches
+
+
+NUMBERED: dict[str, Any] = {
+    "enumerate": enumerate,
+    "from 5": lambda loader: enumerate(loader, 5),
+    "around a bar": lambda loader: enumerate(tqdm(loader, disable=None)),
+    "inside a bar": lambda loader: tqdm(enumerate(loader), disable=None),
+    "around generators": lambda loader: enumerate(_through(_through(loader))),
+    "around map": lambda loader: enumerate(map(tuple, loader)),
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERED)
+def test_the_count_of_enumerate_goes_on(kind: str) -> None:
+    """A loop that acts on the number of its batch: accumulation with a rest, a warm-up."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=8)
+        for _ in run.epochs(2):
+            for number, x in NUMBERED[kind](t.loader):
+                t.learn(x[0] * (1 + number))
+                t.step()
+        return t.result()
+
+    cut_everywhere(train, least=8)
+
+
+def test_two_loaders_that_are_counted_together_go_on() -> None:
+    """enumerate(zip(a, b)), and a count within it."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=8)
+        second = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(second=second)
+        for _ in run.epochs(2):
+            for number, (x, (inner, y)) in enumerate(zip(t.loader, enumerate(second, 1), strict=True)):
+                t.learn(x[0] * (1 + number) + y[0] * inner)
+                t.step()
+        return t.result()
+
+    cut_everywhere(train, least=8)
+
+
+REMEMBER: dict[str, Any] = {
+    "itertools.cycle": itertools.cycle,
+    "itertools.islice": lambda loader: itertools.islice(loader, 3),
+    "itertools.pairwise": itertools.pairwise,
+    "zip": lambda loader: zip(loader, range(3), strict=False),
+}
+
+
+@pytest.mark.parametrize("kind", REMEMBER)
+def test_iterators_that_remember_are_refused_at_the_second_batch(kind: str) -> None:
+    """What they hold no checkpoint sees: said at once, and not where a cut is gone on from."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader, n=8)
+        for _ in run.epochs(2):
+            for x in REMEMBER[kind](t.loader):
+                t.learn(x[0][0] if isinstance(x, tuple) else x[0])
+                t.step()
+
+    with pytest.raises(RegisterError, match=rf"{kind}\(\) around the loader 'loader' begins anew"):
+        cut(train)
+
+
+def test_an_evaluation_of_some_batches_without_a_boundary_may_count_as_it_likes() -> None:
+    """It is never cut inside."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        some = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(some=some)
+        for _ in run.epochs(2):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+            for x in itertools.islice(some, 3):
+                run.log(looked=t.model(x[0]).sum())
+        return t.result()
+
+    cut_everywhere(train, least=6)
+
+
+def test_registering_inside_a_loop_is_refused() -> None:
+    """A function resumed in a later turn would not register it."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        for _ in run.epochs(2):
+            run.register(loader=DataLoader(items(), batch_size=2))
+
+    with pytest.raises(RegisterError, match=r"register\(loader=...\) was called inside run.epochs\(\)"):
+        cut(train)

@@ -427,3 +427,16 @@ def test_the_plain_stand_in_has_what_a_run_has(tmp_path: Path) -> None:
     with Segment(tmp_path) as run:
         missing = [name for name in vars(PlainRun()) if name != "lines" and not hasattr(run, name)]
     assert missing == []
+
+
+def test_an_optimizer_that_is_not_registered_is_told(tmp_path: Path) -> None:
+    """One made anew in each epoch trains registered weights, and a cut loses its moments: the first step says so."""
+    segment = Segment(tmp_path)
+    with segment as run:
+        model = nn.Linear(2, 2)
+        run.register(model=model)
+        optimizer = torch.optim.Adam(model.parameters())
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
+        run.step()
+    assert [line for line in segment.said if "Adam) that trains 'model' is not registered" in line]

@@ -310,7 +310,8 @@ def test_all_ranks_settle_on_one_boundary_in_any_interleaving(tmp_path, seed):
 
 
 def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
-    """Timed saves and a cut come at common steps of three uneven ranks; each goes on exactly."""
+    """Saves that rank 0's clock asks for and cuts fall on common steps of three uneven ranks; each goes on exactly."""
+    # no walltime: a busy machine may take longer than any to import torch three times
     described = {
         "function": f"{PROGRAMS / 'uneven.py'}:train",
         "dir": str(tmp_path / "runs"),
@@ -319,16 +320,16 @@ def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
         "local": {"tasks": 3},
     }
     results = {}
-    for name, cuts in (("cut", ["--interrupt-at", "40"]), ("whole", [])):
+    for name, cuts in (("cut", ["--interrupt-at", "20,40"]), ("whole", [])):
         described["args"]["trace"] = str(tmp_path / name)
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps({"name": name, **described}))
         command = [sys.executable, "-m", "chainrun", "run", str(file), *cuts]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         assert done.returncode == 0, done.stderr
         results[name] = [(tmp_path / f"{name}.{rank}").read_text() for rank in range(3)]
     events = [json.loads(x) for x in (tmp_path / "runs/cut/journal.jsonl").read_text().splitlines()]
-    assert sum(e["event"] == "segment" for e in events) >= 2
+    assert sum(e["event"] == "segment" for e in events) == 3
     assert any(e.get("reason") == "periodic" for e in events)
     assert {e["world_size"] for e in events if e["event"] == "segment"} == {3}
     assert results["cut"] == results["whole"]

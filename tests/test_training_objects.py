@@ -438,3 +438,49 @@ def test_an_added_group_of_unknown_parameters_is_refused() -> None:
     """A restore cannot know them: the message says what to do."""
     with pytest.raises(RestoreError, match=r"has 1 parameter groups, the checkpoint 2: add_param_group"):
         cut(growing("inside", loose=True), (7,))
+
+
+class TwoSteps(torch.optim.Optimizer):
+    """Sharpness-aware minimization as it is usually written: state_dict() says nothing of the inner optimizer."""
+
+    def __init__(self, parameters: Any, inner: Any, **settings: Any) -> None:
+        super().__init__(parameters, settings)
+        self.inner = inner(self.param_groups, **settings)
+        self.param_groups = self.inner.param_groups
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["before"] = parameter.clone()
+                parameter.add_(parameter.grad, alpha=0.05)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["before"])
+        self.inner.step()
+        self.zero_grad()
+
+
+def test_an_optimizer_inside_another_one() -> None:
+    """Its momentum comes back, and a schedule of the outer one's groups goes on reaching it."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = TwoSteps(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+        scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = model(x).square().mean()
+            loss.backward()
+            optimizer.climb()
+            model(x).square().mean().backward()
+            optimizer.step()
+            scheduler.step()
+            return loss
+
+        return {"optimizer": optimizer, "scheduler": scheduler}, step
+
+    sweep(training(make), STEPS, quick=True)

@@ -137,7 +137,7 @@ LOADED = {"batch of an unregistered loader", *TRAINED, "random state: torch"}
         ("local_in_weights", {}, 5, TRAINED, "`previous` in local_in_weights()", "run.state"),
         ("global_of_the_module", {}, 5, TRAINED, "`faulty.CALLS` is not what", "run.state"),
         ("attribute", {}, 5, TRAINED, "`self.scale` in fit() is not what", "state_dict"),
-        ("enumerated", {}, 5, TRAINED, "`number` counts from 0 again", "run.global_step"),
+        ("counted", {}, 5, TRAINED, "`number` counts from 0 again", "run.global_step"),
         (
             "data_set_with_a_count",
             {},

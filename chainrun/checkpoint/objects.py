@@ -153,19 +153,34 @@ class _Optimizer:
         """Whether a learning-rate scheduler was built for it."""
         return hasattr(self._optimizer.step, "_wrapped_by_lr_sched")
 
+    @property
+    def _inner(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimizers in its attributes with a state that is not its own: state_dict() rarely tells of it."""
+        return {
+            name: value
+            for name, value in vars(self._optimizer).items()
+            if isinstance(value, torch.optim.Optimizer) and value.state is not self._optimizer.state
+        }
+
     def extra(self) -> dict[str, Any]:
-        """Return what the parameters' order and the algorithm are known by."""
+        """Return what the parameters' order and the algorithm are known by, and the state of optimizers inside."""
         shapes = [list(parameter.shape) for parameter in self.parameters]
-        return {"kind": type(self._optimizer).__qualname__, "shapes": shapes}
+        inner = {name: one.state_dict() for name, one in self._inner.items()}
+        return {"kind": type(self._optimizer).__qualname__, "shapes": shapes, "inner": inner}
 
     def load_extra(self, saved: dict[str, Any]) -> None:
-        for key, mine in self.extra().items():
+        here = self.extra()
+        saved = {**saved, "inner": sorted(saved["inner"])} | {"states": saved["inner"]}
+        here["inner"] = sorted(here["inner"])
+        for key, mine in here.items():
             found = saved[key]
             if mine != found:
                 raise RestoreError(
                     f"the optimizer '{self._name}' is not the one that was saved: it has {mine}, the checkpoint "
                     f"{found}; build it as it was, or start a new run"
                 )
+        for name, one in self._inner.items():
+            _set_state(one, copied(saved["states"][name]))
 
     def drives(self, thing: Any) -> bool:
         return getattr(thing, "optimizer", None) is self._optimizer
@@ -202,6 +217,7 @@ class _Optimizer:
             self._deferred = state  # the function may add them on its way to the loop
             return
         self._deferred = None
+        sharing = [one for one in self._inner.values() if one.param_groups is optimizer.param_groups]
         try:
             with warnings.catch_warnings():  # the real part of complex state; all of it comes back below
                 warnings.filterwarnings("ignore", "Casting complex values")
@@ -216,8 +232,25 @@ class _Optimizer:
                     live = optimizer.state[parameter][key]
                     if isinstance(value, torch.Tensor) and live.dtype != value.dtype:
                         optimizer.state[parameter][key] = value.to(live.device, copy=True)
+        for one in sharing:
+            one.param_groups = optimizer.param_groups
         # an earlier process has called step(): else a scheduler warns that it was called first
         optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def _set_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Set an optimizer to its saved state and its groups' settings, all else of it left as it is."""
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in saved_group.items() if key != "params"})
+        for parameter, index in zip(group["params"], saved_group["params"], strict=True):
+            optimizer.state.pop(parameter, None)
+            if index in saved["state"]:
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device)
+                    if isinstance(value, torch.Tensor) and value.dim()
+                    else value
+                    for key, value in saved["state"][index].items()
+                }
 
 
 class _Other:
@@ -376,6 +409,26 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
                 f"a learning-rate scheduler drives the optimizer '{name}' and is not registered; unless it is "
                 "set anew in every step, a resumed run will have other learning rates"
             )
+
+
+def strangers(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:
+    """Yield the optimizers that train registered parameters, have state, and are not registered."""
+    owners = {
+        id(parameter): name
+        for name, thing in things.items()
+        if isinstance(thing, _Module)
+        for parameter in thing.parameters
+    }
+    inside = {id(value) for thing in originals for value in getattr(thing, "__dict__", {}).values()}
+    known = inside | {id(thing) for thing in originals}
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.optim.Optimizer) and id(one) not in known and any(one.state.values()):
+            trained = {owners.get(id(p)) for group in one.param_groups for p in group["params"]} - {None}
+            if trained:
+                yield (
+                    f"an optimizer ({type(one).__name__}) that trains '{min(map(str, trained))}' is not registered; "
+                    "a resumed run begins with a new one, without its state"
+                )
 
 
 def _of_torch(thing: Any) -> bool:

@@ -147,9 +147,9 @@ def _counts(evidence: Evidence) -> Iterator[Cause]:
         one, other = shown(a["held"][name][2]), shown(b["held"][name][2])
         if a["held"][name][0] == "int" and other in ("0", "1") and one and int(one) > int(other):
             yield (
-                f"`{name.partition(' in ')[0]}` counts from {other} again (uninterrupted it is {one}), as that of "
-                "enumerate() or zip() does",
-                "count with run.global_step, or keep the count in run.state",
+                f"`{name.partition(' in ')[0]}` counts from {other} again (uninterrupted it is {one}), as "
+                "what stands beside the loader in zip() does",
+                "count with enumerate(loader) or run.global_step, or keep the count in run.state",
             )
 
 

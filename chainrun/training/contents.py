@@ -1,7 +1,9 @@
-"""What an iterable data set without state_dict keeps from epoch to epoch: in attributes, of objects inside it too.
+"""What a data set or a collate function without state_dict keeps in attributes, of objects inside it too.
 
 Nobody gives it, so it is looked for: counters, the order of a list that is shuffled in place, sums. What is small is
 saved and set again. Of what is large a sample is remembered, by which a resume tells that it has changed.
+
+A map-style data set may hold a cache, which is no state and may be large: there a large container is left alone.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import functools
 import marshal
 import os
+import types
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -24,6 +27,7 @@ from chainrun.training.variables import is_users_own
 
 LARGE = 64 * 1024  # bytes of one attribute, above which it is data rather than state
 _NUMBERS = (bool, int, float, type(None))
+_HOLDS = (str, bytes, list, tuple, dict, set, deque, np.ndarray, torch.Tensor)  # what is no open file
 _DEPTH, _WIDTH = 6, 64  # how deep objects are looked for, and in how long containers
 _SAMPLE = 256
 
@@ -35,22 +39,39 @@ class Contents:
 
     Args:
         dataset: as it was built.
+        caches: it may keep what it can make again: large containers are left alone, and so is each object that has
+            got a file or the like since it was built, whose other attributes may tell that it has.
+        large: whether large tensors and arrays are looked at; a worker would do so at every batch.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, *, caches: bool = False, large: bool = True) -> None:
+        self._dataset, self._caches, self._large = dataset, caches, large
         self._known: dict[str, tuple[bytes, Any]] = {}  # by place: a value's mark, and what it is encoded as
+        self._left_alone: set[str] = set()  # the paths of objects with files
+        self._others: set[str] | None = None  # the places of what was no state when it was built
         self._built = self._all()
 
     def _all(self) -> dict[str, Any]:
-        encoded = {
-            f"{path}.{name}": self._encoded(f"{path}.{name}", value)
-            for path, owner in self._owners().items()
-            for name, value in carried.fields(owner)
-        }
-        return {path: value for path, value in encoded.items() if value is not _NOT_STATE}
+        found: dict[str, Any] = {}
+        others: set[str] = set()
+        for path, owner in self._owners().items():
+            mine, opened = {}, set()
+            for name, value in carried.fields(owner):
+                place = f"{path}.{name}"
+                mine[place] = self._encoded(place, value)
+                if mine[place] is _NOT_STATE and not isinstance(value, _HOLDS):
+                    opened.add(place)
+            others |= opened
+            if self._caches and self._others is not None and not opened <= self._others:
+                self._left_alone.add(path)
+            if path not in self._left_alone:
+                found |= {place: value for place, value in mine.items() if value is not _NOT_STATE}
+        self._others = others if self._others is None else self._others
+        return found
 
     def _encoded(self, place: str, value: Any) -> Any:
+        if self._caches and _is_out_of_reach(value, self._large):
+            return {"large": ""}
         mark = _mark(value)
         if mark is None:
             return _encode(value)
@@ -85,7 +106,9 @@ class Contents:
         owners, now = self._owners(), self._all()
         for place, value in {**self._built, **state}.items():
             path, _, name = place.rpartition(".")
-            if path in owners and not (place in now and carried.equal(value, now[place])):
+            if path in self._left_alone or path not in owners:
+                continue
+            if not (place in now and carried.equal(value, now[place])):
                 _set(owners[path], name, value)
 
     def check(self, state: dict[str, Any], where: str) -> None:
@@ -96,12 +119,20 @@ class Contents:
         """
         for path, value in self._all().items():
             then = state.get(path, self._built.get(path))
+            if self._caches and not (_has_sample(value) and _has_sample(then)):
+                continue  # a cache that has grown
             if (_is_large(value) or _is_large(then)) and not carried.equal(value, then):
                 raise RestoreError(
-                    f"{where}: the attribute '{path[1:]}' of the iterable data set {type(self._dataset).__name__} had "
+                    f"{where}: the attribute '{path[1:]}' of the data set {type(self._dataset).__name__} had "
                     "changed when the checkpoint was taken, and is too large to be saved beside it. Give the data set "
                     "state_dict and load_state_dict, or make what changes anew in each __iter__()"
                 )
+
+
+def of_parts(*parts: Any, large: bool = True) -> list[Contents]:
+    """Return the contents of a map-style data set and a collate function, as far as these have no state_dict."""
+    objects = (part for part in parts if not isinstance(part, types.FunctionType))
+    return [Contents(one, caches=True, large=large) for one in objects if not carried.is_stateful(one)]
 
 
 def check(carriers: list[carried.Carrier], states: list[Any], where: str) -> None:
@@ -267,23 +298,52 @@ def _is_large(packed: Any) -> bool:
     return isinstance(packed, dict) and "large" in packed
 
 
+def _has_sample(packed: Any) -> bool:
+    return _is_large(packed) and packed["large"] != ""
+
+
+def _is_out_of_reach(value: Any, large: bool) -> bool:
+    """Whether a value is a large container, which may be a cache; or any large one, unless they are looked at."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return not large and value.nbytes > LARGE
+    if type(value) not in (list, tuple, dict, set, deque):
+        return False
+    return 8 * len(value) > LARGE or (_size(value, LARGE) or 0) > LARGE
+
+
 def _set(owner: Any, name: str, packed: Any) -> None:
     """Set an attribute, in place where an iterator may hold what is there."""
     if _is_large(packed):
         return
     live: Any = getattr(owner, name, None)
-    value = _unpack(packed)
-    if type(live) is not type(value):
+    value = _refilled(live, _unpack(packed))
+    if value is not live:
         setattr(owner, name, value)
-    elif isinstance(live, list):
-        live[:] = value
-    elif isinstance(live, (dict, set)):
-        live.clear()
-        live.update(value)
-    elif isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
+
+
+def _refilled(live: Any, value: Any) -> Any:
+    """Return what has the content of `value`, the same objects as far as that is possible."""
+    if type(live) is not type(value):
+        return value
+    if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
         value.shape,
         value.dtype,
     ):
         live[...] = value
+    elif isinstance(live, (list, tuple)):
+        known = [*live[: len(value)], *[None] * (len(value) - len(live))]
+        items = [_refilled(old, new) for old, new in zip(known, value, strict=True)]
+        if isinstance(live, list):
+            live[:] = items
+        elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):
+            return tuple(items)
+    elif isinstance(live, dict):
+        content = {key: _refilled(live.get(key), one) for key, one in value.items()}
+        live.clear()
+        live.update(content)
+    elif isinstance(live, set):
+        live.clear()
+        live.update(value)
     else:
-        setattr(owner, name, value)
+        return value
+    return live

@@ -132,6 +132,8 @@ class Chain:
         self._attributes: list[Any] = [carried.Attributes(sampler, loader.dataset) for sampler in stateless]
         if self.turns and not (carried.is_stateful(loader.dataset) and loader.num_workers == 0):
             self._attributes.append(contents.Contents(loader.dataset))
+        parts = (loader.collate_fn,) if self.turns else (loader.dataset, loader.collate_fn)
+        self._attributes += contents.of_parts(*parts)
         self.draws_late = not all(map(draws_at_first, samplers))
         self.sampler = Counted(None, self)
         self._endless = Endless()

@@ -77,16 +77,16 @@ class Turns(Dataset[Any]):
         self._over = self._said = False
         self._last = b""
         self._given = ""
-        self._contents: contents.Contents | None = None
+        self._contents: list[contents.Contents] = []
 
-    def note_contents(self) -> None:
-        """From here on, what the data set keeps in attributes is state, unless it has its own."""
+    def note_contents(self, collate: Callable[[Any], Any]) -> None:
+        """From here on, what data set and collate function keep in attributes is state, unless they have their own."""
+        self._contents = contents.of_parts(collate, large=False)
         if not carried.is_stateful(self.dataset):
-            self._contents = contents.Contents(self.dataset)
+            self._contents.append(contents.Contents(self.dataset))
 
     def carriers(self, collate: Callable[[Any], Any]) -> list[carried.Carrier]:
-        found = carriers(self.dataset, carried.find(self.dataset, collate))
-        return [*found, self._contents] if self._contents else found
+        return carriers(self.dataset, carried.find(self.dataset, collate)) + self._contents
 
     @property
     def place(self) -> Place:

@@ -6,6 +6,7 @@ import dis
 import pickle
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import carried, rng
+from chainrun.training import carried, rng, wrapped
 from chainrun.training.contents import without_folders
 from chainrun.training.indices import Again, Alone, Counted, Drawn, State
 from chainrun.training.iterable import Place
@@ -69,6 +70,9 @@ class OnePass:
         self.resumed = False
         self.superseded = False
         self._failed = False
+        self.iterator: Callable[[], Any] = lambda: None  # what the function has got
+        self._looked = False  # for iterators around it that no cut can go on from
+        self._counts: list[int] = []  # of each enumerate() around it, when the checkpoint was taken
 
     def start(self) -> None:
         """Begin at the first batch."""
@@ -94,7 +98,7 @@ class OnePass:
         saved = chain.saved["pass"]
         how_far = Drawn(*saved["drawn"])
         self._began = began = from_plain(saved["began"])
-        self._bore = saved["bore"]
+        self._bore, self._counts = saved["bore"], saved["counts"]
         self.handed_out, self.resumed = how_far.handed_out, True
         workers = chain.loader.num_workers
         self._seen = set(saved["seen"])
@@ -177,6 +181,7 @@ class OnePass:
             "seen": sorted(self._seen),
             "workers began": workers_to_plain(self._workers_began),
             "reached": self._alone.reached() if self._alone else {},
+            "counts": wrapped.counts(self.iterator()),
             "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
         }
 
@@ -199,7 +204,14 @@ class OnePass:
                 "data was left in by that error is not known to a resume. Catch the error inside the data set, and "
                 "return another item or None; or leave the loop"
             )
+        if not self._looked and self.handed_out and self._mark.boundaries != chain.position.boundaries:
+            self._looked = True  # only a pass with boundaries inside is ever cut
+            if chain.passes <= 2:  # the later ones are asked like these
+                wrapped.refuse(self.iterator(), chain.name)
         chain.on_head(self._mark)
+        if self._counts:
+            wrapped.set_counts(self.iterator(), self._counts)
+            self._counts = []
         see, self.see = self.see, None
         try:
             batch = self.make()
@@ -321,6 +333,7 @@ class Batches(Iterator[Any]):
 
     def __init__(self, one_pass: OnePass) -> None:
         self._pass = one_pass
+        one_pass.iterator = weakref.ref(self)
 
     def __next__(self) -> Any:
         caller = sys._getframe(1)  # zip, enumerate and the like have no frame: it is the loop around them

@@ -129,9 +129,15 @@ class Run:
         before the loop.
 
         Raises:
-            RegisterError: the object cannot be saved or resumed exactly.
+            RegisterError: the object cannot be saved or resumed exactly; it is called inside a loop, which a resumed
+                function may enter in a later turn.
             RestoreError: the checkpoint lacks the name, or what it holds does not fit.
         """
+        if self._position.inside is not None and objects:
+            raise RegisterError(
+                f"register({next(iter(objects))}=...) was called inside run.{self._position.inside}(): a function that "
+                "is resumed in a later turn would not come by. Build and register everything before the loop"
+            )
         for name, thing in objects.items():
             if name in self._objects or name in self._loaders:
                 raise RegisterError(
@@ -372,7 +378,10 @@ class Run:
             self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
             things = [thing for _, thing in self._registered.values()]
-            for line in objects.forgotten(self._objects, things):
+            for line in (
+                *objects.forgotten(self._objects, things),
+                *objects.strangers(self._objects, things),
+            ):
                 self._warn(line)
             if not self._registered and not self.state:
                 self._warn(

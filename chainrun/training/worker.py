@@ -55,6 +55,8 @@ class Source(Protocol):
 
     dataset: Any
 
+    def note_contents(self, collate: Callable[[Any], Any]) -> None: ...
+
     def carriers(self, collate: Callable[[Any], Any]) -> list[carried.Carrier]: ...
 
 
@@ -91,9 +93,14 @@ class Items(Dataset[Any]):
 
     def __init__(self, dataset: Any, counter: Counter | None = None) -> None:
         self.dataset, self._counter = dataset, counter
+        self._contents: list[contents.Contents] = []
+
+    def note_contents(self, collate: Callable[[Any], Any]) -> None:
+        """From here on, what data set and collate function keep in attributes is state, unless they have their own."""
+        self._contents = contents.of_parts(self.dataset, collate, large=False)
 
     def carriers(self, collate: Callable[[Any], Any]) -> list[carried.Carrier]:
-        return carried.find(self.dataset, collate)
+        return carried.find(self.dataset, collate) + self._contents
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, EmptyTurn):
@@ -217,8 +224,7 @@ class InitWorker:
         info: Any = get_worker_info()
         source = info.dataset
         object.__setattr__(info, "dataset", source.dataset)  # what user code finds there is its own data set
-        if hasattr(source, "note_contents"):
-            source.note_contents()
+        source.note_contents(self.collate.collate)
         if self.init is not None:
             self.init(worker)
         self.collate.begin(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -94,10 +95,10 @@ def global_of_the_module(run):
             run.step(loss=update(model, optimizer, batch, count()))
 
 
-def enumerated(run):
+def counted(run):
     model, optimizer, _, loader = begin(run)
     for _ in run.epochs(3):
-        for number, batch in enumerate(loader):
+        for number, batch in zip(map(int, range(20)), loader, strict=False):
             run.step(loss=update(model, optimizer, batch, 1 + number))
 
 
@@ -303,13 +304,14 @@ def data_that_changes(run, file):
 
 
 class Visited(parts.Noisy):
-    """Counts in an attribute how often an item was taken."""
+    """Counts how often an item was taken, in an attribute of a kind that is not restored."""
 
-    visits = 0
+    def __init__(self, length):
+        super().__init__(length)
+        self.visits = itertools.count(1)
 
     def __getitem__(self, index):
-        self.visits += 1
-        return super().__getitem__(index) * self.visits
+        return super().__getitem__(index) * next(self.visits)
 
 
 def data_set_with_a_count(run):

@@ -157,6 +157,7 @@ def chain(folder: Path, kind: str, rank: int, ranks: int, cuts: list[int]) -> No
             train(run, folder / "trace", kind)
             assert run.global_step == steps_of(kind)
             run._finish(None)
+            return  # a cut that had to wait fell together with the next one
         except SegmentEnd:
             torch.distributed.destroy_process_group()
         finally:
