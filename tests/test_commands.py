@@ -303,7 +303,8 @@ def test_show_tells_a_runs_story_and_what_a_checkpoint_holds(finished, capsys, m
     said = main(capsys, "show", finished.run.path, code=0)
     kinds = re.findall(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (\w+)", said, re.MULTILINE)
     assert kinds == [event["event"] for event in finished.events()]
-    assert {"created", "code", "segment", "checkpoint", "stop", "handoff", "witness", "done"} == set(kinds)
+    expected = {"created", "code", "segment", "trains", "checkpoint", "stop", "handoff", "witness", "done"}
+    assert expected == set(kinds)
     assert "result: {'state': " in said
     checkpoint = Store(finished.run).committed()[0].path
     said = main(capsys, "show", checkpoint, "--verify", code=0)
