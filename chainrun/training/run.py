@@ -371,7 +371,7 @@ class Run:
             things = [thing for _, thing in self._registered.values()]
             for line in (
                 *objects.forgotten(self._objects, things),
-                *objects.strangers(self._objects, things),
+                *([] if self.resumed else objects.strangers(self._objects, things)),
             ):
                 self._setting.say(f"warning: {line}")
         if self.global_step >= self._next:
