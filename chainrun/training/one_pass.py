@@ -100,6 +100,7 @@ class OnePass:
         self._began = began = from_plain(saved["began"])
         self._bore, self._counts = saved["bore"], saved["counts"]
         self.handed_out, self.resumed = how_far.handed_out, True
+        self._looked = how_far.handed_out > 1  # by the earlier process
         workers = chain.loader.num_workers
         self._seen = set(saved["seen"])
         repeats = chain.turns is not None and not self._knows_its_place()

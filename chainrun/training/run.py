@@ -380,7 +380,7 @@ class Run:
             things = [thing for _, thing in self._registered.values()]
             for line in (
                 *objects.forgotten(self._objects, things),
-                *objects.strangers(self._objects, things),
+                *([] if self.resumed else objects.strangers(self._objects, things)),
             ):
                 self._warn(line)
             if not self._registered and not self.state:
