@@ -207,20 +207,19 @@ def parse_checkpoint(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
-def check_format(run: RunDir) -> None:
-    """Check that this chainrun can read a run directory: its ``created`` event says which format it has.
+def other_format(run: RunDir) -> str | None:
+    """Return who made a run directory that this chainrun cannot read, and what to do; None where it can.
 
-    Raises:
-        UsageError: another chainrun made it, and what to do.
+    Its ``created`` event says which format it has.
     """
     created = next(iter(read_lines(run.journal)), {})
     found = created.get("format", 1)  # the first runs did not say
     if isinstance(found, int) and OLDEST <= found <= FORMAT:
-        return
+        return None
     known = f"format {FORMAT}" if OLDEST == FORMAT else f"formats {OLDEST} to {FORMAT}"
     maker = f"chainrun {created.get('version', '(unknown version)')}"
     older = isinstance(found, int) and found < OLDEST
-    raise UsageError(
+    return (
         f"the run directory {run.path} has format {found}, made by {maker}; this is chainrun {__version__}, which "
         f"reads {known}: "
         + (
@@ -229,6 +228,17 @@ def check_format(run: RunDir) -> None:
             else "go on with the chainrun that made it, or a newer one (pip install --upgrade chainrun)"
         )
     )
+
+
+def check_format(run: RunDir) -> None:
+    """Check that this chainrun can read a run directory.
+
+    Raises:
+        UsageError: another chainrun made it, and what to do.
+    """
+    problem = other_format(run)
+    if problem is not None:
+        raise UsageError(problem)
 
 
 def open_run(path: Path) -> RunDir:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def folder(tmp_path, monkeypatch):
     before = dict(os.environ)
     shutil.copy(FUNCTIONS, tmp_path / "train.py")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "train", raising=False)  # of another test in this process
     (tmp_path / "exp.yaml").write_text("name: exp\nfunction: train.py:train\nslurm: {time: 1h}\n")
     yield tmp_path
     os.environ.clear()
@@ -199,8 +201,10 @@ def test_a_run_that_another_chainrun_made(first, message, capsys, folder):
         json.dumps({**json.loads(lines[0]), "version": None, **first}).replace(', "version": null', "") + "\n"
     )
     before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
-    for words in ("run exp.yaml", "show runs/exp", "logs runs/exp", "status", "cancel runs/exp"):
+    for words in ("run exp.yaml", "show runs/exp", "logs runs/exp", "status runs/exp", "cancel runs/exp"):
         assert re.search(message, said(capsys, words, 2)), words
+    assert cli.main(["status"]) == 0  # beside others it is listed
+    assert re.search(message, capsys.readouterr().out)
     outcome = run_segment(run, Allocation(scheduler="local", job="1"), Signals())
     assert (outcome.kind, bool(re.search(message, outcome.reason))) == ("locked", True)
     assert {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before

@@ -14,7 +14,7 @@ from chainrun.checkpoint.store import Committed, Store
 from chainrun.launch import slurm
 from chainrun.launch.slurm import Queued
 from chainrun.lock import holder
-from chainrun.rundir import RunDir, read_json
+from chainrun.rundir import RunDir, other_format, read_json
 
 BETWEEN = 60.0  # seconds that a local chain may take from one segment to the next
 RECENT = 10  # newest segments, over which the chain's pace is taken
@@ -94,7 +94,7 @@ class State:
 
     word: str
     """``done``, ``failed``, ``running``, ``cancelled``, ``stopped``, ``queued``, ``held`` (a job that waits for a
-    person), or ``unknown`` where SLURM does not say whether a job waits."""
+    person), or ``unknown`` where SLURM does not say whether a job waits, or where another version made the run."""
     remark: str = ""
     """Why, or by whom."""
     command: str = ""
@@ -168,6 +168,9 @@ class Standing:
             problem: why it did not say.
         """
         run = self.run
+        problem_of_format = other_format(run)
+        if problem_of_format is not None:
+            return State("unknown", problem_of_format)
         if self.done:
             return State("done", command=f"its result is in {run.result}")
         if self.failed:
