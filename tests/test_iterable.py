@@ -457,7 +457,7 @@ def test_a_long_list_that_has_changed_is_refused_between_epochs_too(options: Any
     reference = plain(train)
     for boundary in (1, 3):  # inside the first epoch
         assert reference.difference(cut(train, after=(boundary,))) is None
-    with pytest.raises(RestoreError, match="'files' of the iterable data set InPlace had changed"):
+    with pytest.raises(RestoreError, match="'files' of the data set InPlace had changed"):
         cut(train, after=(4,))
     train = training(InPlaceOnce, between=True, **options)
     assert plain(train).difference(cut(train, after=(2, 2, 3))) is None

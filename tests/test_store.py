@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.tensor  # as trainings with DTensors do: states are looked through for them
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -49,9 +49,12 @@ def _is_any_sharded(tree: Any) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return False
-    parts, kind = [tree], module.DTensor
+    parts, kind, seen = [tree], module.DTensor, set()
     while parts:
         part = parts.pop()
+        if id(part) in seen:  # it may contain itself, which is refused later
+            continue
+        seen.add(id(part))
         for value in part.values() if isinstance(part, dict) else part:
             if isinstance(value, (dict, list, tuple)):
                 parts.append(value)
