@@ -149,6 +149,11 @@ def jobs(told: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(str(event["job"]) for event in submitted if event.get("job")))
 
 
+def done_after(steps: int, segments: int) -> str:
+    """Return how a run has ended well, in words."""
+    return f"done after {steps} steps and {segments} segment{'s' * (segments != 1)}"
+
+
 def tell(event: dict[str, Any]) -> str | None:
     """Return what an event means to a person who follows the chain; None where there is nothing to tell."""
     kind = event["event"]
@@ -179,5 +184,5 @@ def tell(event: dict[str, Any]) -> str | None:
     if kind == "warning":
         return f"warning: {event['reason']}"
     if kind == "done":
-        return f"done after {event['step']} steps and {event['segment']} segments"
+        return done_after(event["step"], event["segment"])
     return None

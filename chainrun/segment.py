@@ -310,7 +310,7 @@ class _Segment:
             write_durably(self._run.result, json.dumps(result, indent=1).encode())
             self.note("done", segment=self.number, step=step)
             write_durably(self._run.done, b"")
-            say(f"done after {step} steps and {self.number} segments")
+            say(journal.done_after(step, self.number))
         return Outcome("done", step=step)
 
     def note(self, event: str, **fields: Any) -> None:

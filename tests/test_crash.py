@@ -175,6 +175,9 @@ def test_a_run_killed_over_and_over_loses_only_what_came_after_its_newest_checkp
         "metrics.jsonl",
         "result.json",
         "DONE",
+        "code",
+        "code.json",
+        "environment.json",
     }
 
 

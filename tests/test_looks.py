@@ -599,7 +599,7 @@ def test_a_job_on_slurm_tells_of_its_end_and_not_of_a_handoff(tmp_path, monkeypa
     assert [line[:3:2] + line[3:4] for line in told(exp)] == [
         ["failed", "4", "E: x"],
         ["stopped", "0", f"a limit; to go on: chainrun submit {run.experiment} k=v"],
-        ["finished", "0", "done after 20 steps and 1 segments"],
+        ["finished", "0", "done after 20 steps and 1 segment"],
     ]
 
 

@@ -154,6 +154,6 @@ def test_a_power_cut_at_any_moment_loses_nothing_that_was_committed(tmp_path, af
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Return what is in a run directory, without the logs, which others write too."""
-    files = (path for path in run.rglob("*") if path.is_file() and "jobs" not in path.parts)
+    """Return what is in a run directory, without the logs and the frozen code, which others write."""
+    files = (path for path in run.rglob("*") if path.is_file() and not {"jobs", "code"} & set(path.parts))
     return {str(path.relative_to(run)): path.read_bytes() for path in files}

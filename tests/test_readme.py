@@ -90,6 +90,7 @@ def pattern(lines: list[str]) -> str:
             parts.append(r"(?:.*\n)*?")
             continue
         words = [re.sub(r"\d+(?:\\\.\d+)?", r"\\d+(?:\\.\\d+)?", re.escape(part)) for part in line.split("…")]
+        words = [re.sub(r"segments?\b", "segments?", word) for word in words]
         parts.append(re.sub(r"(?:\\ )+", r"\\s+", ".*".join(words)) + r"\s*\n")
     return "".join(parts)
 

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import inspect
 import itertools
-import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -26,8 +25,8 @@ _REMEMBER: dict[type, str] = {
     itertools.pairwise: "keeps a batch: keep it in run.state",
     type(itertools.tee(())[0]): "keeps batches: go through the loader once",
 }
-if sys.version_info >= (3, 12):
-    _REMEMBER[itertools.batched] = "holds several batches: take one in each turn"
+if (_batched := getattr(itertools, "batched", None)) is not None:  # from Python 3.12
+    _REMEMBER[_batched] = "holds several batches: take one in each turn"
 _ITERATORS: list[Any] = [iter(range(0)), iter(range(2**99)), iter([]), iter(()), iter("")]
 _COUNT: tuple[type, ...] = (*map(type, _ITERATORS), itertools.count)
 _STAND_BETWEEN: tuple[type, ...] = (
