@@ -288,7 +288,15 @@ def test_a_plan_is_never_stale(shapes: Any, changes: Any, tmp_path: Path) -> Non
                 by_torch(tree, tmp_path / "b.pt")
                 alike(through(tree, tmp_path / "a.pt", planner), by_torch(tree, tmp_path / "b.pt"))
             continue
-        loaded = through(tree, tmp_path / "a.pt", planner)
+        try:
+            loaded = through(tree, tmp_path / "a.pt", planner)
+        except CheckpointError as error:  # as torch does, and for the same reason
+            assert "tensors of different dtypes share memory" in str(error)
+            tensors = [v for v in tree.values() if isinstance(v, torch.Tensor)]
+            assert any(
+                type(v) is not torch.Tensor or v.requires_grad or v.is_conj() or v.is_meta for v in tensors
+            )
+            continue
         apart = {k: v for k, v in tree.items() if k != "extra"}  # one file each: no dtypes that share memory
         alike({k: loaded[k] for k in apart}, {k: by_torch(v, tmp_path / "b.pt") for k, v in apart.items()})
         assert overlaps(loaded) == overlaps(tree)

@@ -180,8 +180,8 @@ class Queue:
         if self.refuses:
             raise submit.ClusterError(self.refuses)
         self.submitted.append(run.path.name)
+        self.waiting[run.path.name] = ("PENDING", "")  # SLURM has a job before anybody can note its id
         submit.journal.record(run, "submitted", job=run.path.name)
-        self.waiting[run.path.name] = ("PENDING", "")
         return run.path.name
 
     def end(self, run: RunDir, marker: Path | None = None) -> RunDir:
