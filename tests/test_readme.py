@@ -22,7 +22,7 @@ import pytest
 import yaml
 from chain import Segment
 
-from chainrun import cli, experiment
+from chainrun import cli, sweep
 from chainrun.training.stop import SegmentEnd
 
 ROOT = Path(__file__).parents[1]
@@ -209,12 +209,14 @@ def test_every_block_is_of_a_kind_that_is_tested():
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_experiments_commands_and_links_in_the_documents_are_right(path):
+def test_experiments_commands_and_links_in_the_documents_are_right(path, tmp_path):
     """YAML is a valid experiment, or a part of one; every command's words parse; files that are linked are there."""
     for block in blocks(path):
         if block.language == "yaml":
             data = yaml.safe_load(block.text)
-            experiment.from_dict({"name": "x", "function": "x.py:train", **data}, Path.cwd())
+            file = tmp_path / "x.yaml"
+            file.write_text(yaml.safe_dump({"name": "x", "function": "x.py:train", **data}))
+            sweep.load(file)
         for line in block.text.splitlines() if block.language in ("", "console", "sh", "bash") else []:
             words = shlex.split(line.removeprefix("$ "), comments=True) if "chainrun " in line[:11] else []
             if words[:1] == ["chainrun"]:

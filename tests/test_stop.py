@@ -316,7 +316,7 @@ def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
         "function": f"{PROGRAMS / 'uneven.py'}:train",
         "dir": str(tmp_path / "runs"),
         "args": {"steps": 60, "trace": str(tmp_path / "trace")},
-        "checkpoint": {"every": "1s"},
+        "checkpoint": {"every": "0.3s"},
         "local": {"tasks": 3},
     }
     results = {}
