@@ -160,13 +160,14 @@ def _directory(run: RunDir) -> Finding:
         return Finding("problem", "directory", text, "dir: PATH")
     free = shutil.disk_usage(there).free
     told = f"{run.path} {'is there' if there == run.path else 'can be made'}, {_size(free)} free (a quota is not seen)"
-    newest = next(iter(Store(run).committed()), None)
-    if newest is None:
+    kept = Store(run).committed()
+    if not kept:
         return Finding("warning" if free < 2**30 else "ok", "directory", told)
+    newest = kept[0]
     from chainrun import experiment  # the run's own, frozen
 
     count = experiment.load(run.experiment).checkpoint.keep + 1 if run.experiment.exists() else 3
-    have = sum(one.size for one in Store(run).committed())
+    have = sum(one.size for one in kept)
     need = max(newest.size, count * newest.size - have)
     told += f"; a checkpoint takes {_size(newest.size)}, keep + 1 of them {_size(count * newest.size)}"
     if need > free:
