@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -41,6 +42,8 @@ MOST_TERMINATED = 1.0  # seconds: after a signal without a known end the process
 LEAST = 0.05  # seconds
 RATE = 1e9  # bytes a second: fingerprints are at least so fast, copies from a device included
 ENTRIES = 2000  # of one object; one that has more gets one fingerprint
+LARGE = 1 << 20  # bytes of a tensor
+THREADS = 4
 RECORDED = 100  # differences in the journal
 
 
@@ -79,7 +82,11 @@ def state_in(tree: dict[str, Any], generators: list[str]) -> dict[str, str]:
 
 
 def _of_object(name: str, content: Any) -> dict[str, str]:
-    found = {path: fingerprint(leaf) for path, leaf in leaves(content, name)}
+    entries = dict(leaves(content, name))
+    large = {path: leaf for path, leaf in entries.items() if state.nbytes(leaf) > LARGE}
+    with ThreadPoolExecutor(THREADS) as threads:  # hashing a large one leaves the interpreter to others
+        prints = dict(zip(large, threads.map(fingerprint, large.values()), strict=True))
+    found = {path: prints.get(path) or fingerprint(leaf) for path, leaf in entries.items()}
     return found if len(found) <= ENTRIES else {name: fingerprint(sorted(found.items()))}
 
 
