@@ -250,7 +250,7 @@ class _Optimizer:
         found: dict[int, Any] = {}
         for index, mine in self._restored.items():
             for key, saved in state["state"].get(index, {}).items():
-                live = mine.get(key)
+                live: Any = mine.get(key)
                 if (
                     _is_plain(saved)
                     and _is_plain(live)
