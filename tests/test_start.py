@@ -55,9 +55,10 @@ def test_what_is_read_ahead_is_what_is_on_the_disk(run: RunDir) -> None:
     assert os.pread(memory._file, memory.size + 1, 0) == path.read_bytes()
     assert image.read(memory).keys() == image.read(path).keys()
     assert ahead.take(path) is None
+    child = ahead._child
     ahead.close()
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(child, os.WNOHANG)
 
 
 @pytest.mark.parametrize("fault", ["changed", "cut", "removed"])
