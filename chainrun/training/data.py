@@ -163,6 +163,19 @@ class Chain:
         """The number of the running pass, where what is drawn depends on it."""
         return self.passes if self.counter else None
 
+    @property
+    def belongings(self) -> list[Any]:
+        """What the checkpoint holds as the loader's: its parts, and what was found in them."""
+        loader = self.loader
+        parts = [
+            loader.dataset,
+            loader.sampler,
+            loader.batch_sampler,
+            loader.collate_fn,
+            loader.worker_init_fn,
+        ]
+        return [loader, *parts, *self._carriers()]
+
     # ---- what the loader draws from and carries in this process
 
     def _carriers(self) -> list[carried.Carrier]:
@@ -360,7 +373,14 @@ class Chain:
     def see_next(self, see: Callable[[bool, Any], None]) -> None:
         """Have `see` called before the next batch is handed out: with False and the batch, or True at the end."""
         assert self._pass is not None
-        self._pass.see = see
+        earlier = self._pass.see
+
+        def both(ended: bool, batch: Any) -> None:
+            if earlier is not None:
+                earlier(ended, batch)
+            see(ended, batch)
+
+        self._pass.see = both
 
     @property
     def processes(self) -> list[Any]:
