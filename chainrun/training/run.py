@@ -231,8 +231,7 @@ class Run:
             self._load(name)
         objects.load_extras(self._objects, saved["extras"])
         self._load_gradients()
-        for chain in self._loaders.values():
-            chain.go_on()
+        lines = [line for chain in self._loaders.values() for line in chain.go_on()]
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = self._shards = None
@@ -243,6 +242,8 @@ class Run:
             self._hear_witness(owner)
             rng.restore(rng.from_tensors(saved["rng"]))  # a state_dict() may draw
             self._compare_variables(owner, saved["ranges"])
+        for line in lines:
+            self._tell_of_lost(line)
         if self.on_place is not None:
             self.on_place()
 
