@@ -281,6 +281,11 @@ def metrics(dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def lost(trained: Trained) -> list[str]:
+    """Return what was said of variables that a cut loses; of a training that is exact that is nothing."""
+    return [line for line in trained.said if "when the run was cut" in line or "what variables hold" in line]
+
+
 def whole(train: Train, **options: bool) -> None:
     """In `make exact`, check a training everywhere: see `everywhere.everywhere`, whose options these are."""
     if WHOLE:
@@ -304,6 +309,7 @@ def sweep(train: Train, steps: int, *, quick: bool = False) -> Trained:
         trained = cut(train, cuts)
         difference = reference.difference(trained)
         assert difference is None, f"cut at {list(cuts)}: {difference}"
+        assert lost(trained) == []
         # a cut after which no loop asks for a turn is not needed: the function has returned
         assert trained.stopped_at == list(cuts)[: len(trained.stopped_at)]
         assert len(trained.stopped_at) >= len(list(cuts)) - 1
@@ -323,6 +329,7 @@ def cut_everywhere(train: Train, *, least: int = 1) -> Trained:
     for cuts in ((), every):
         trained = cut(train, cuts)
         assert reference.difference(trained) is None, f"cut at {list(cuts)}: {reference.difference(trained)}"
+        assert lost(trained) == []
         assert len(trained.stopped_at) >= len(cuts) - 1
     whole(train)
     return reference
@@ -335,6 +342,7 @@ def sweep_boundaries(train: Train, boundaries: int) -> Trained:
         trained = cut(train, after=after)
         difference = reference.difference(trained)
         assert difference is None, f"cut after {after} boundaries: {difference}"
+        assert lost(trained) == []
         assert trained.segments > 1
     whole(train, polls=True)
     return reference

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import chainrun
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.training import wrapped
 from chainrun.training.stop import SegmentEnd
 
 
@@ -953,6 +954,46 @@ def test_the_count_of_enumerate_goes_on(kind: str) -> None:
         return t.result()
 
     cut_everywhere(train, least=8)
+
+
+def test_what_stands_around_a_held_iterator_may_change() -> None:
+    """A second enumerate() around the same iterator counts as it says, whatever was found around it before."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=12)
+        for _ in run.epochs(2):
+            batches = iter(t.loader)
+            for number, x in enumerate(batches):
+                t.learn(x[0] * (1 + number))
+                run.save()
+                t.step()
+                if number == 1:
+                    break
+            for number, x in enumerate(batches, 10):
+                t.learn(x[0] * (1 + number))
+                t.step()
+        return t.result()
+
+    cut_everywhere(train, least=12)
+
+
+@pytest.mark.parametrize("kind", ["enumerate", "around a bar", "around map"])
+def test_what_stands_around_a_loader_is_looked_for_once_a_pass(kind: str, monkeypatch: Any) -> None:
+    """All objects of the process are asked for it, which no save should wait for again."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader, n=12)
+        for _ in run.epochs(3):
+            for number, x in NUMBERED[kind](t.loader):
+                t.learn(x[0] * (1 + number))
+                run.save()
+                t.step()
+
+    scope: dict[str, Any] = {"__name__": "chainrun.test", "look": wrapped._look, "looked": []}
+    exec("def counted(iterator):\n    looked.append(1)\n    return look(iterator)", scope)  # among its frames
+    monkeypatch.setattr(wrapped, "_look", scope["counted"])
+    cut(train)
+    assert len(scope["looked"]) == 3
 
 
 def test_two_loaders_that_are_counted_together_go_on() -> None:

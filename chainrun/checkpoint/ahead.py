@@ -1,12 +1,21 @@
-"""The newest checkpoint's files, read and hashed while Python still imports torch."""
+"""The newest checkpoint's files, read and hashed while Python still imports torch.
+
+A process of its own does it: a thread would wait for the interpreter's lock, which an import holds nearly all the
+time, thrice for every part of a file.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import contextlib
+import json
+import os
+import signal
 from pathlib import Path
+from typing import NoReturn
 
 from chainrun.checkpoint import source
 from chainrun.checkpoint.store import Committed, Store, rank_file
+from chainrun.errors import CheckpointError
 from chainrun.rundir import RunDir
 
 
@@ -24,16 +33,33 @@ class Ahead:
     """
 
     def __init__(self, run: RunDir, rank: int) -> None:
-        self._read: dict[Path, Future[source.Memory]] = {}
+        self._memories: dict[Path, source.Memory] = {}
+        self._child = 0
         newest = Store(run).latest()
         if newest is None:
             return
-        with_others = ThreadPoolExecutor(1, thread_name_prefix="chainrun-ahead")
-        for name in files_of(newest, rank % newest.manifest["world_size"]):
-            stated = newest.manifest["files"][name]
-            path = newest.path / name
-            self._read[path] = with_others.submit(source.load, path, stated["size"], stated["xxh3_128"])
-        with_others.shutdown(wait=False)
+        wanted: list[tuple[source.Memory, str]] = []
+        try:
+            for name in files_of(newest, rank % newest.manifest["world_size"]):
+                stated = newest.manifest["files"][name]
+                memory = source.Memory(newest.path / name, stated["size"])
+                self._memories[memory.path] = memory
+                wanted.append((memory, stated["xxh3_128"]))
+            answers, question = os.pipe()
+        except OSError:  # no memory, no descriptor to be had: who wants the files reads them
+            self.close()
+            return
+        try:
+            self._child = os.fork()
+        except OSError:  # no process
+            os.close(answers)
+            os.close(question)
+            self.close()
+            return
+        if not self._child:
+            _read_and_leave(wanted, question)
+        os.close(question)
+        self._answers = os.fdopen(answers, encoding="utf-8")
 
     def take(self, path: Path) -> source.Memory | None:
         """Return a file's verified content, None where it was not read ahead; once.
@@ -41,11 +67,41 @@ class Ahead:
         Raises:
             CheckpointError: it cannot be read, or is not what the manifest states.
         """
-        read = self._read.pop(path, None)
-        return None if read is None else read.result()
+        memory = self._memories.pop(path, None)
+        if memory is None:
+            return None
+        for line in self._answers:
+            of, problem, memory.xxh3_128 = json.loads(line)
+            if of == str(path):
+                if problem is None:
+                    return memory
+                memory.close()
+                raise CheckpointError(problem)
+        memory.close()  # it was killed, for want of memory maybe
+        return None
 
     def close(self) -> None:
         """Give back what nobody took."""
-        for path in list(self._read):
-            read = self._read.pop(path)
-            read.add_done_callback(lambda done: None if done.exception() else done.result().close())
+        for memory in self._memories.values():
+            memory.close()
+        self._memories = {}
+        if self._child:
+            self._answers.close()
+            os.kill(self._child, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._child, 0)
+            self._child = 0
+
+
+def _read_and_leave(wanted: list[tuple[source.Memory, str]], question: int) -> NoReturn:
+    """Fill each memory, say how that went, and end this process."""
+    try:
+        for memory, xxh3_128 in wanted:
+            problem = None
+            try:
+                source.fill(memory, xxh3_128)
+            except CheckpointError as error:
+                problem = str(error)
+            os.write(question, json.dumps([str(memory.path), problem, memory.xxh3_128]).encode() + b"\n")
+    finally:
+        os._exit(0)

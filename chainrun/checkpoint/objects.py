@@ -141,6 +141,9 @@ class _Optimizer:
     def __init__(self, name: str, optimizer: torch.optim.Optimizer) -> None:
         self._name, self._optimizer = name, optimizer
         self._deferred: Any = None  # a state with groups that were added later
+        self._restored: dict[
+            int, dict[str, Any]
+        ] = {}  # what it has been given at `register`, by its parameters' numbers
         self.gradients = Gradients(name, lambda: self.parameters)
         optimizer.register_step_post_hook(lambda *_: self.gradients.mark())
 
@@ -169,6 +172,7 @@ class _Optimizer:
         return {"kind": type(self._optimizer).__qualname__, "shapes": shapes, "inner": inner}
 
     def load_extra(self, saved: dict[str, Any]) -> None:
+        self._restored = {}
         here = self.extra()
         saved = {**saved, "inner": sorted(saved["inner"])} | {"states": saved["inner"]}
         here["inner"] = sorted(here["inner"])
@@ -221,7 +225,7 @@ class _Optimizer:
         try:
             with warnings.catch_warnings():  # the real part of complex state; all of it comes back below
                 warnings.filterwarnings("ignore", "Casting complex values")
-                optimizer.load_state_dict(copied(state))
+                optimizer.load_state_dict(copied(state, self._restored_again(state)))
         except (ValueError, KeyError) as error:
             raise RestoreError(
                 f"the optimizer '{self._name}' is not the one that was saved: {error}"
@@ -232,10 +236,33 @@ class _Optimizer:
                     live = optimizer.state[parameter][key]
                     if isinstance(value, torch.Tensor) and live.dtype != value.dtype:
                         optimizer.state[parameter][key] = value.to(live.device, copy=True)
+                self._restored[index] = {**optimizer.state.get(parameter, {})}
         for one in sharing:
             one.param_groups = optimizer.param_groups
         # an earlier process has called step(): else a scheduler warns that it was called first
         optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _restored_again(self, state: Any) -> dict[int, Any]:
+        """Give the tensors of the first restore their content again; return them by the ids of the saved ones.
+
+        The state is restored at `register` and where the loop goes on. New memory of many bytes costs more than a copy.
+        """
+        found: dict[int, Any] = {}
+        for index, mine in self._restored.items():
+            for key, saved in state["state"].get(index, {}).items():
+                live: Any = mine.get(key)
+                if (
+                    _is_plain(saved)
+                    and _is_plain(live)
+                    and (saved.shape, saved.dtype) == (live.shape, live.dtype)
+                ):
+                    with torch.no_grad():
+                        found[id(saved)] = live.copy_(saved)
+        return found
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_quantized
 
 
 def _set_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

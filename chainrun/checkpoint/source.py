@@ -15,7 +15,7 @@ CHUNK = 1 << 20  # stays in the processor's cache between being read, hashed and
 
 
 class Memory:
-    """The bytes of a file, in this process alone; the file itself is closed.
+    """The bytes of a file, in memory that a forked process shares; the file itself is closed.
 
     Attributes:
         path: the file they came from.
@@ -29,7 +29,7 @@ class Memory:
         if hasattr(os, "memfd_create"):
             self._file = os.memfd_create(path.name)
         else:  # a Python that was built on a very old system
-            self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self._map = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)
 
     def put(self, at: int, part: memoryview) -> None:
         """Store bytes."""
@@ -64,25 +64,41 @@ def load(path: Path, size: int | None = None, xxh3_128: str | None = None) -> Me
     Raises:
         CheckpointError: it cannot be read, or is not what was stated.
     """
+    memory = None
     try:
-        file = os.open(path, os.O_RDONLY)
+        memory = Memory(path, path.stat().st_size if size is None else size)
+        fill(memory, xxh3_128)
+    except BaseException as error:
+        if memory is not None:
+            memory.close()
+        if isinstance(error, OSError):
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise
+    return memory
+
+
+def fill(memory: Memory, xxh3_128: str | None) -> None:
+    """Read the file that a memory is for.
+
+    Args:
+        xxh3_128: of the file, as the manifest states it.
+
+    Raises:
+        CheckpointError: it cannot be read, or is not what was stated.
+    """
+    try:
+        file = os.open(memory.path, os.O_RDONLY)
         try:
             found = os.fstat(file).st_size
-            if size is not None and found != size:
-                raise CheckpointError(f"{path} has {found} bytes instead of {size}")
-            memory = Memory(path, found)
-            try:
-                memory.xxh3_128 = _fill(memory, file)
-                if xxh3_128 is not None and memory.xxh3_128 != xxh3_128:
-                    raise CheckpointError(f"the content of {path} has changed since it was written")
-            except BaseException:
-                memory.close()
-                raise
-            return memory
+            if found != memory.size:
+                raise CheckpointError(f"{memory.path} has {found} bytes instead of {memory.size}")
+            memory.xxh3_128 = _fill(memory, file)
         finally:
             os.close(file)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{memory.path} cannot be read: {error.strerror}") from error
+    if xxh3_128 is not None and memory.xxh3_128 != xxh3_128:
+        raise CheckpointError(f"the content of {memory.path} has changed since it was written")
 
 
 def _fill(memory: Memory, file: int) -> str:

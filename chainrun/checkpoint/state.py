@@ -88,9 +88,13 @@ def check(tree: Any, path: str) -> None:
         )
 
 
-def copied(tree: Any) -> Any:
-    """Return a deep copy; what shares memory in the tree shares it in the copy."""
-    memo: dict[int, Any] = {}
+def copied(tree: Any, known: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy; what shares memory in the tree shares it in the copy.
+
+    Args:
+        known: copies of some of what is in it, by the id of what they are copies of.
+    """
+    memo = {} if known is None else known
     _clone_compressed(tree, memo)
     return copy.deepcopy(tree, memo)
 
