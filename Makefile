@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 CHROMIUM ?= chromium
 
-.PHONY: demo test crash check format setup integrations slurm screenshot clean
+.PHONY: demo test crash exact check format setup integrations slurm screenshot clean
 
 demo: setup            ## train the digits example as a chain and compare it bit for bit
 	$(BIN)/chainrun demo
@@ -16,6 +16,14 @@ test: setup integrations slurm  ## all tests; those that need SLURM are skipped 
 crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some dozens of each
 	CHAINRUN_KILLS=1000 CHAINRUN_CUTS=5000 $(BIN)/python -m pytest -n 2 -rP $(ARGS) \
 	  tests/test_crash.py tests/test_power.py tests/test_faults.py
+
+# Every loop and object at every cut, 0, 1 and 3 workers, 1 and 2 ranks, 20 steps at least (tests/everywhere.py).
+exact: setup           ## exactness everywhere, where `make test` goes over some of the combinations
+	rm -f .exact.jsonl
+	CHAINRUN_EXACT=$(CURDIR)/.exact.jsonl CHAINRUN_EXAMPLES=100 CHAINRUN_PROGRAMS=200 \
+	  $(BIN)/python -m pytest -n 2 $(ARGS) tests/test_loops.py tests/test_loader.py tests/test_iterable.py \
+	  tests/test_loader_errors.py tests/test_training_objects.py tests/test_modules.py tests/test_register.py \
+	  tests/test_parallel.py tests/test_random_loaders.py tests/test_random_programs.py
 
 check: setup           ## format, lint, strict types, layer contracts
 	$(BIN)/ruff format --check . slurm/cluster

@@ -8,12 +8,15 @@ What a function logs and returns is compared; `marks` are everything that must b
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,44 @@ import torch
 
 import chainrun
 from chainrun.allocation import Allocation
+from chainrun.checkpoint import writer
+from chainrun.rundir import RunDir
+from chainrun.training import distributed
 from chainrun.training.saving import Setting
 from chainrun.training.stop import SegmentEnd, Wish
 
 Train = Callable[[Any, Any], Any]
+WHOLE = "CHAINRUN_EXACT" in os.environ  # see everywhere.py
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process trains: one of some ranks, with loaders of another kind than the function asks for."""
+
+    rank: int = 0
+    ranks: int = 1
+    folder: Path | None = None
+    """Shared by the ranks."""
+    loaders: Any = None
+    """Makes of a loader class the one that the function is given."""
+
+
+place = Place()
+
+
+@contextlib.contextmanager
+def varied(**changes: Any) -> Iterator[None]:
+    """Train elsewhere."""
+    global place  # noqa: PLW0603
+    before, place = place, replace(place, **changes)
+    try:
+        yield
+    finally:
+        place = before
+
+
+def _loader(kind: Any) -> Any:
+    return kind if place.loaders is None else place.loaders(kind)
 
 
 def digest(*values: Any) -> str:
@@ -59,10 +96,10 @@ def marks(batch: Any = None, *things: Any) -> dict[str, str]:
 
 
 def seed() -> None:
-    """Seed as a segment does before it calls the function."""
-    random.seed(0)
-    np.random.seed(0)
-    torch.manual_seed(0)
+    """Seed as a segment does before it calls the function; every rank otherwise."""
+    random.seed(place.rank)
+    np.random.seed(place.rank)
+    torch.manual_seed(place.rank)
 
 
 class PlainRun:
@@ -71,7 +108,7 @@ class PlainRun:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
         self.lines: list[dict[str, Any]] = []
-        self.global_step = self.epoch = 0
+        self.global_step = self.epoch = self.boundaries = 0
         self.resumed = False
 
     def register(self, **objects: Any) -> None:
@@ -89,12 +126,13 @@ class PlainRun:
                 self.step()
 
     def step(self, **metrics: Any) -> None:
+        self.boundaries += 1
         self.global_step += 1
         if metrics:
             self.log(**metrics)
 
     def poll(self) -> None:
-        pass
+        self.boundaries += 1
 
     def save(self) -> None:
         pass
@@ -115,6 +153,8 @@ class Trained:
     said: list[str] = field(default_factory=list)
     stopped_at: list[int] = field(default_factory=list)
     """The global step at which each segment but the last ended."""
+    boundaries: int = 0
+    """Of the plain program."""
 
     def difference(self, other: Trained) -> str | None:
         """Say where the other training differs first, None where it is identical."""
@@ -133,8 +173,13 @@ def plain(train: Train) -> Trained:
     """Run the plain program."""
     run = PlainRun()
     seed()
-    result = train(run, torch.utils.data.DataLoader)
-    return Trained(json.loads(json.dumps(run.lines)), result, random_state())
+    result = train(run, _loader(torch.utils.data.DataLoader))
+    return Trained(json.loads(json.dumps(run.lines)), result, random_state(), boundaries=run.boundaries)
+
+
+def steps_of(trained: Trained) -> int:
+    """Return how many steps it logged."""
+    return max((line["step"] for line in trained.lines), default=0)
 
 
 @dataclass
@@ -146,11 +191,22 @@ class Segment:
     after: int | None = None
     """Stop at the boundary of this number in the segment, be it a step or a poll."""
     said: list[str] = field(default_factory=list)
+    number: int = 0
 
     def __enter__(self) -> chainrun.Run:
-        allocation = Allocation(interrupt_at=frozenset(self.interrupt_at))
+        ranks = {"rank": place.rank, "world_size": place.ranks, "local_rank": place.rank}
+        allocation = Allocation(
+            **ranks,
+            local_world_size=place.ranks,
+            restart=self.number,
+            interrupt_at=frozenset(self.interrupt_at),
+        )
+        self.group: Any = None
+        if place.ranks > 1:
+            self.group = distributed.connect(allocation, RunDir(self.dir).create())
+        setting = Setting(allocation=allocation, group=self.group or writer.Alone(), say=self.said.append)
         seed()
-        self.run = run = chainrun.Run(self.dir, setting=Setting(allocation=allocation, say=self.said.append))
+        self.run = run = chainrun.Run(self.dir, setting=setting)
         if self.after is not None:
             due = self.after
             run._watch.pending = True
@@ -159,6 +215,10 @@ class Segment:
 
     def __exit__(self, *exc: object) -> None:
         self.run._close()
+        if self.group is not None:
+            self.group.leave()
+            del self.run, self.group
+            gc.collect()  # not later, in a worker: the connection is this process's
 
 
 def cut(
@@ -179,16 +239,18 @@ def cut(
         most: more segments than this fail.
     """
     if dir is None:
+        if place.folder is not None:
+            return cut(train, steps, after=after, dir=_shared(place.folder), most=most)
         with tempfile.TemporaryDirectory() as fresh:
             return cut(train, steps, after=after, dir=Path(fresh), most=most)
     functions = [train] if callable(train) else list(train)
     said: list[str] = []
     stopped: list[int] = []
     for number in range(most):
-        segment = Segment(dir, steps, after[number] if number < len(after) else None, said)
+        segment = Segment(dir, steps, after[number] if number < len(after) else None, said, number)
         with segment as run:
             try:
-                result = functions[min(number, len(functions) - 1)](run, chainrun.DataLoader)
+                result = functions[min(number, len(functions) - 1)](run, _loader(chainrun.DataLoader))
                 state = random_state()
                 run._finish(None)
             except SegmentEnd:
@@ -198,9 +260,38 @@ def cut(
     raise AssertionError(f"no end after {most} segments; they stopped at {stopped}")
 
 
+_count = 0
+
+
+def _shared(folder: Path) -> Path:
+    """Return the folder of the next chain, the same on every rank."""
+    global _count  # noqa: PLW0603
+    _count += 1
+    fresh = folder / str(_count)
+    fresh.mkdir(exist_ok=True)
+    return fresh
+
+
+def metrics_file(rank: int) -> str:
+    return f"metrics-{rank}.jsonl" if rank else "metrics.jsonl"
+
+
 def metrics(dir: Path) -> list[dict[str, Any]]:
-    file = dir / "metrics.jsonl"
+    file = dir / metrics_file(place.rank)
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def lost(trained: Trained) -> list[str]:
+    """Return what was said of variables that a cut loses; of a training that is exact that is nothing."""
+    return [line for line in trained.said if "when the run was cut" in line or "what variables hold" in line]
+
+
+def whole(train: Train, **options: bool) -> None:
+    """In `make exact`, check a training everywhere: see `everywhere.everywhere`, whose options these are."""
+    if WHOLE:
+        from everywhere import everywhere  # which imports this file
+
+        everywhere(train, **options)
 
 
 def sweep(train: Train, steps: int, *, quick: bool = False) -> Trained:
@@ -218,9 +309,11 @@ def sweep(train: Train, steps: int, *, quick: bool = False) -> Trained:
         trained = cut(train, cuts)
         difference = reference.difference(trained)
         assert difference is None, f"cut at {list(cuts)}: {difference}"
+        assert lost(trained) == []
         # a cut after which no loop asks for a turn is not needed: the function has returned
         assert trained.stopped_at == list(cuts)[: len(trained.stopped_at)]
         assert len(trained.stopped_at) >= len(list(cuts)) - 1
+    whole(train)
     return reference
 
 
@@ -231,12 +324,14 @@ def cut_everywhere(train: Train, *, least: int = 1) -> Trained:
         least: so many steps it must have.
     """
     reference = plain(train)
-    every = range(1, max(line["step"] for line in reference.lines) + 1)
+    every = range(1, steps_of(reference) + 1)
     assert len(every) >= least
     for cuts in ((), every):
         trained = cut(train, cuts)
         assert reference.difference(trained) is None, f"cut at {list(cuts)}: {reference.difference(trained)}"
+        assert lost(trained) == []
         assert len(trained.stopped_at) >= len(cuts) - 1
+    whole(train)
     return reference
 
 
@@ -247,5 +342,7 @@ def sweep_boundaries(train: Train, boundaries: int) -> Trained:
         trained = cut(train, after=after)
         difference = reference.difference(trained)
         assert difference is None, f"cut after {after} boundaries: {difference}"
+        assert lost(trained) == []
         assert trained.segments > 1
+    whole(train, polls=True)
     return reference

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 
 from slurm_cluster import running, slurm_cluster  # noqa: F401 fixtures
+
+# torch asks for the name of whoever connects to a store: where a name server loses questions, each costs 5 seconds
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 def pytest_collection_modifyitems(items):
@@ -16,3 +20,13 @@ def pytest_collection_finish(session):
     """Put what importing has made out of the garbage collector's sight: looks through all objects are then quick."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """After `make exact`: what was compared."""
+    file = os.environ.get("CHAINRUN_EXACT", "")
+    if file and os.path.exists(file):
+        from everywhere import summary
+
+        for line in summary(file):
+            terminalreporter.write_line(line)

@@ -111,6 +111,7 @@ class Trained:
             assert not differ, f"{chain}, {self.chains.get(chain)}: step {b['step']} differs in {differ}"
         assert len(mine) == len(its) == self.steps
         there = self.run_of(chain)
+        assert list(journal.events(there, "warning")) == []  # of variables that a cut loses, say
         assert there.metrics.read_text() == (self.plain / traces.METRICS).read_text()
         final = chainrun.Checkpoint(max(there.checkpoints.iterdir()))
         assert final.manifest["result"] == json.loads((self.plain / traces.RESULT).read_text())

@@ -718,6 +718,47 @@ def test_attributes_of_data_and_collate_that_change_are_exact_at_every_cut(worke
     cut_everywhere(train, least=12)
 
 
+class Harder:
+    """A transform that is harder each time; it is called."""
+
+    def __init__(self) -> None:
+        self.level = 1.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.level += 0.5
+        return x * self.level / 10
+
+
+class Compose:
+    """As torchvision has it, which is an installed package and keeps no state of its own."""
+
+    __module__ = "yaml"
+
+    def __init__(self, transforms: list[Any]) -> None:
+        self.transforms = transforms
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for transform in self.transforms:
+            x = transform(x)
+        return x
+
+
+class Transformed(Noisy):
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.transform, self.all = Harder(), Compose([Harder(), torch.nn.Identity(), Harder()])
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.all(self.transform(super().__getitem__(index)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_attributes_of_transforms_are_exact_at_every_cut(workers: int) -> None:
+    """Objects of the user's that are called, also in a list of an installed class."""
+    options = {"num_workers": workers, "persistent_workers": workers > 0}
+    cut_everywhere(training(Transformed, batch_size=2, **options), least=8)
+
+
 def test_an_attribute_that_tells_of_an_open_file_does_not_come_back_without_it() -> None:
     """The object is left alone, which for such flags is exact."""
     cut_everywhere(training(functools.partial(Opening, 8), batch_size=2, num_workers=1), least=8)

@@ -11,12 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import Segment, cut, cut_everywhere, digest, marks, metrics, plain, sweep, sweep_boundaries
+from chain import (
+    Segment,
+    cut,
+    cut_everywhere,
+    digest,
+    marks,
+    metrics,
+    plain,
+    sweep,
+    sweep_boundaries,
+    whole,
+)
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 import chainrun
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.training import wrapped
 from chainrun.training.stop import SegmentEnd
 
 
@@ -89,14 +101,14 @@ def test_plain_range_around_a_registered_loader() -> None:
 
     def train(run: Any, DataLoader: Any) -> str:
         t = Tools(run, DataLoader)
-        for _ in range(3):
+        for _ in range(7):
             before = torch.rand(3)
             for x in t.loader:
                 t.learn(x[0] + before)
                 t.step()
         return t.result()
 
-    sweep(train, 9)
+    sweep(train, 21)
 
 
 def test_steps_without_a_loader() -> None:
@@ -308,6 +320,7 @@ def test_two_steps_for_one_batch() -> None:
     reference = plain(train)
     for at in range(1, 13):
         assert reference.difference(cut(train, (at,))) is None
+    whole(train, waits=True)
 
 
 def test_code_after_the_step_runs_once() -> None:
@@ -344,6 +357,7 @@ def test_break_right_after_the_step() -> None:
     for at in range(1, 12):
         assert reference.difference(cut(train, (at,))) is None
     assert reference.difference(cut(train, range(1, 12))) is None
+    whole(train, waits=True)
 
 
 def test_break_out_of_epochs_and_steps() -> None:
@@ -372,6 +386,7 @@ def test_break_out_of_epochs_and_steps() -> None:
     for cuts in [*((at,) for at in range(1, 13)), range(1, 13)]:
         trained = cut(train, cuts)
         assert (cuts, reference.difference(trained)) == (cuts, None)
+    whole(train, waits=True)
 
 
 @pytest.mark.parametrize("kind", ["registered", "unregistered", "plain"])
@@ -441,6 +456,7 @@ def test_nested_loaders_wait_for_the_outer_one(tmp_path: Path) -> None:
         assert reference.difference(trained) is None
         if trained.stopped_at:
             assert trained.stopped_at == [at + at % 2]
+    whole(train, waits=True)
     assert any("has handed out a batch that is still in use" in line for line in cut(train, (1,)).said)
 
 
@@ -468,12 +484,12 @@ def test_boundaries_outside_of_every_range() -> None:
     def train(run: Any, DataLoader: Any) -> str:
         model, optimizer = parts()
         run.register(model=model, optimizer=optimizer)
-        for _ in range(6):
+        for _ in range(20):
             x = torch.rand(2, 3)
             run.step(loss=learn(model, optimizer, x), **marks(x, model, optimizer))
         return digest(model.state_dict())
 
-    sweep(train, 6)
+    sweep(train, 20)
     assert any("outside of run.epochs()" in line for line in cut(train, (2,)).said)
 
 
@@ -846,6 +862,7 @@ def test_draws_after_an_iterator_is_made() -> None:
     reference = plain(train)
     for cuts in [*((at,) for at in range(1, 12)), range(1, 12)]:
         assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+    whole(train, waits=True)
 
 
 def saving_after_epochs(run: Any, DataLoader: Any) -> str:
@@ -937,6 +954,46 @@ def test_the_count_of_enumerate_goes_on(kind: str) -> None:
         return t.result()
 
     cut_everywhere(train, least=8)
+
+
+def test_what_stands_around_a_held_iterator_may_change() -> None:
+    """A second enumerate() around the same iterator counts as it says, whatever was found around it before."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=12)
+        for _ in run.epochs(2):
+            batches = iter(t.loader)
+            for number, x in enumerate(batches):
+                t.learn(x[0] * (1 + number))
+                run.save()
+                t.step()
+                if number == 1:
+                    break
+            for number, x in enumerate(batches, 10):
+                t.learn(x[0] * (1 + number))
+                t.step()
+        return t.result()
+
+    cut_everywhere(train, least=12)
+
+
+@pytest.mark.parametrize("kind", ["enumerate", "around a bar", "around map"])
+def test_what_stands_around_a_loader_is_looked_for_once_a_pass(kind: str, monkeypatch: Any) -> None:
+    """All objects of the process are asked for it, which no save should wait for again."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader, n=12)
+        for _ in run.epochs(3):
+            for number, x in NUMBERED[kind](t.loader):
+                t.learn(x[0] * (1 + number))
+                run.save()
+                t.step()
+
+    scope: dict[str, Any] = {"__name__": "chainrun.test", "look": wrapped._look, "looked": []}
+    exec("def counted(iterator):\n    looked.append(1)\n    return look(iterator)", scope)  # among its frames
+    monkeypatch.setattr(wrapped, "_look", scope["counted"])
+    cut(train)
+    assert len(scope["looked"]) == 3
 
 
 def test_two_loaders_that_are_counted_together_go_on() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from chain import cut, plain
+from everywhere import also_on_ranks
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from test_iterable import Buffered, Cursors, Flagged, Own, Shards, Stateful, collate
@@ -60,15 +61,17 @@ CUTS = st.lists(st.integers(1, 30), max_size=6, unique=True)
 
 
 def compare(train: Any, cuts: list[int]) -> None:
-    reference = plain(train)
+    def check() -> None:
+        difference = plain(train).difference(cut(train, cuts))
+        assert difference is None, difference
+
     try:
-        trained = cut(train, cuts)
+        check()
     except RegisterError:
         event("refused")
         return
     event("exact")
-    difference = reference.difference(trained)
-    assert difference is None, difference
+    also_on_ranks(check)
 
 
 @SETTINGS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import PlainRun, cut, digest, plain, random_state, seed
+from chain import cut, digest, plain, random_state
 from test_loader import Noisy
 
 from chainrun.errors import RegisterError
 
-PROGRAMS = 30
+PROGRAMS = int(os.environ.get("CHAINRUN_PROGRAMS", "30"))
 CUTS = 3  # chains a program
 
 Block = list[tuple[Any, ...]]
@@ -118,30 +119,13 @@ def program(made: Maker) -> Callable[[Any, Any], Any]:
     return train
 
 
-class Counting(PlainRun):
-    boundaries = 0
-
-    def step(self, **metrics: Any) -> None:
-        self.boundaries += 1
-        super().step(**metrics)
-
-    def poll(self) -> None:
-        self.boundaries += 1
-
-
-def boundaries(train: Callable[[Any, Any], Any]) -> int:
-    run = Counting()
-    seed()
-    train(run, torch.utils.data.DataLoader)
-    return run.boundaries
-
-
 @pytest.mark.parametrize("number", range(PROGRAMS))
 def test_program_made_at_random(number: int) -> None:
     """Whatever the shape, a cut program is the plain one; to repeat one alone: -k "random[NUMBER]"."""
     made = Maker(number)
     train = program(made)
-    count = boundaries(train)
+    reference = plain(train)
+    count = reference.boundaries
     if not 0 < count <= 60:
         return
     try:
@@ -149,7 +133,6 @@ def test_program_made_at_random(number: int) -> None:
     except RegisterError as refused:  # a batch of the endless loader before a loop that takes more of them
         assert "was taken before a loop began" in str(refused)
         return
-    reference = plain(train)
     for _ in range(CUTS):
         after = [made.dice.randint(1, max(1, count // 2)) for _ in range(made.dice.choice([1, 1, 4]))]
         difference = reference.difference(cut(train, after=after))

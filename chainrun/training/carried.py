@@ -30,12 +30,12 @@ FOREIGN = {
     "numpy",
     "chainrun",
 }  # code that keeps no generator of the user's
-_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
+FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
 
 
 def is_stateful(value: Any) -> bool:
     """Whether it gives its state and takes it back; a network does too, but is nothing that loading changes."""
-    if isinstance(value, (*_FUNCTIONS, types.ModuleType, torch.nn.Module)):
+    if isinstance(value, (*FUNCTIONS, types.ModuleType, torch.nn.Module)):
         return False
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
@@ -117,7 +117,7 @@ def _children_of_function(function: types.FunctionType) -> Iterator[Any]:
             values = [vars(value).get(inner) for inner in names]
         else:
             values = [value]
-        yield from (each for each in values if isinstance(each, (*rng.GENERATORS, *_FUNCTIONS)))
+        yield from (each for each in values if isinstance(each, (*rng.GENERATORS, *FUNCTIONS)))
 
 
 @functools.cache

@@ -45,7 +45,7 @@ class Contents:
     """
 
     def __init__(self, dataset: Any, *, caches: bool = False, large: bool = True) -> None:
-        self._dataset, self._caches, self._large = dataset, caches, large
+        self.thing, self.caches, self._large = dataset, caches, large
         self._known: dict[str, tuple[bytes, Any]] = {}  # by place: a value's mark, and what it is encoded as
         self._left_alone: set[str] = set()  # the paths of objects with files
         self._others: set[str] | None = None  # the places of what was no state when it was built
@@ -54,7 +54,7 @@ class Contents:
     def _all(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
         others: set[str] = set()
-        for path, owner in self._owners().items():
+        for path, owner in self.owners().items():
             mine, opened = {}, set()
             for name, value in carried.fields(owner):
                 place = f"{path}.{name}"
@@ -62,7 +62,7 @@ class Contents:
                 if mine[place] is _NOT_STATE and not isinstance(value, _HOLDS):
                     opened.add(place)
             others |= opened
-            if self._caches and self._others is not None and not opened <= self._others:
+            if self.caches and self._others is not None and not opened <= self._others:
                 self._left_alone.add(path)
             if path not in self._left_alone:
                 found |= {place: value for place, value in mine.items() if value is not _NOT_STATE}
@@ -70,7 +70,7 @@ class Contents:
         return found
 
     def _encoded(self, place: str, value: Any) -> Any:
-        if self._caches and _is_out_of_reach(value, self._large):
+        if self.caches and _is_out_of_reach(value, self._large):
             return {"large": ""}
         mark = _mark(value)
         if mark is None:
@@ -79,11 +79,11 @@ class Contents:
             self._known[place] = mark, _encode(value)
         return self._known[place][1]
 
-    def _owners(self) -> dict[str, Any]:
+    def owners(self) -> dict[str, Any]:
         """Return the data set and the user's objects in it, by their places."""
         found: dict[str, Any] = {}
         seen: set[int] = set()
-        todo: list[tuple[str, Any, int]] = [("", self._dataset, _DEPTH)]
+        todo: list[tuple[str, Any, int]] = [("", self.thing, _DEPTH)]
         while todo:
             path, owner, depth = todo.pop()
             if id(owner) not in seen:
@@ -103,7 +103,7 @@ class Contents:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set all that is small, in place where others may know it; `check` tells of the rest."""
-        owners, now = self._owners(), self._all()
+        owners, now = self.owners(), self._all()
         for place, value in {**self._built, **state}.items():
             path, _, name = place.rpartition(".")
             if path in self._left_alone or path not in owners:
@@ -119,11 +119,11 @@ class Contents:
         """
         for path, value in self._all().items():
             then = state.get(path, self._built.get(path))
-            if self._caches and not (_has_sample(value) and _has_sample(then)):
+            if self.caches and not (_has_sample(value) and _has_sample(then)):
                 continue  # a cache that has grown
             if (_is_large(value) or _is_large(then)) and not carried.equal(value, then):
                 raise RestoreError(
-                    f"{where}: the attribute '{path[1:]}' of the data set {type(self._dataset).__name__} had "
+                    f"{where}: the attribute '{path[1:]}' of the data set {type(self.thing).__name__} had "
                     "changed when the checkpoint was taken, and is too large to be saved beside it. Give the data set "
                     "state_dict and load_state_dict, or make what changes anew in each __iter__()"
                 )
@@ -152,18 +152,26 @@ def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, one in items if len(value) <= _WIDTH and depth else ():
             yield from _objects_in(one, f"{at}[{key!r}]", depth - 1)
-    elif (
-        not isinstance(value, (type, torch.nn.Module, *rng.GENERATORS))
-        and not callable(value)
-        and _is_followed(type(value))  # type: ignore[arg-type]
-        and not carried.is_stateful(value)
-    ):
+    elif isinstance(
+        value, (type, torch.nn.Module, *rng.GENERATORS, *carried.FUNCTIONS)
+    ) or carried.is_stateful(value):
+        return
+    elif _is_followed(type(value)):  # type: ignore[arg-type]
         yield at, value
+    elif _is_installed(type(value)):  # type: ignore[arg-type]
+        for name, one in vars(value).items() if depth and hasattr(value, "__dict__") else ():
+            if type(one) in (list, tuple):  # torchvision's Compose, and the like
+                yield from _objects_in(one, f"{at}.{name}", depth - 1)
 
 
 @functools.cache
 def _is_followed(kind: Any) -> bool:
     return is_users_own(kind) or kind.__module__ == "torch.utils.data.dataset"
+
+
+@functools.cache
+def _is_installed(kind: Any) -> bool:
+    return kind.__module__.partition(".")[0] not in {*carried.FOREIGN, "builtins"}
 
 
 # ---- values ----------------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def _encode(value: Any) -> Any:
     size = _size(value, LARGE)
     if size is None:
         return _NOT_STATE
-    return _pack(value) if size <= LARGE else {"large": fingerprint(without_folders(_sample(value)))}
+    return _pack(value) if size <= LARGE else {"large": fingerprint(without_folders(sample(value)))}
 
 
 def _size(value: Any, most: int, depth: int = _DEPTH) -> int | None:
@@ -238,7 +246,7 @@ def _some(value: Any) -> Iterator[Any]:
     return islice(value, 0, None, step) if isinstance(value, deque) else iter(value[::step])
 
 
-def _sample(value: Any) -> Any:
+def sample(value: Any) -> Any:
     """Return a part of a large value, from all over it, with its size."""
     if isinstance(value, torch.Tensor):
         flat = value.detach().reshape(-1)
@@ -246,7 +254,7 @@ def _sample(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [list(value.shape), value.reshape(-1)[:: max(1, value.size // 1024)]]
     if isinstance(value, (list, tuple, dict, set, deque)):
-        return [len(value), *map(_sample, _some(value))]
+        return [len(value), *map(sample, _some(value))]
     return value
 
 
@@ -306,6 +314,11 @@ def _is_out_of_reach(value: Any, large: bool) -> bool:
     """Whether a value is a large container, which may be a cache; or any large one, unless they are looked at."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return not large and value.nbytes > LARGE
+    return is_large_container(value)
+
+
+def is_large_container(value: Any) -> bool:
+    """Whether a value is a list, dict or the like of more than `LARGE` bytes."""
     if type(value) not in (list, tuple, dict, set, deque):
         return False
     return 8 * len(value) > LARGE or (_size(value, LARGE) or 0) > LARGE

@@ -27,6 +27,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import carried, contents, rng
+from chainrun.training.fills import Fills
 from chainrun.training.indices import Again, Counted, State, draws_at_first, samplers_in
 from chainrun.training.iterable import Endless, Turns, carriers
 from chainrun.training.one_pass import (
@@ -134,6 +135,7 @@ class Chain:
             self._attributes.append(contents.Contents(loader.dataset))
         parts = (loader.collate_fn,) if self.turns else (loader.dataset, loader.collate_fn)
         self._attributes += contents.of_parts(*parts)
+        self._fills = Fills(self._attributes)
         self.draws_late = not all(map(draws_at_first, samplers))
         self.sampler = Counted(None, self)
         self._endless = Endless()
@@ -162,6 +164,19 @@ class Chain:
     def numbers(self) -> int | None:
         """The number of the running pass, where what is drawn depends on it."""
         return self.passes if self.counter else None
+
+    @property
+    def belongings(self) -> list[Any]:
+        """What the checkpoint holds as the loader's: its parts, and what was found in them."""
+        loader = self.loader
+        parts = [
+            loader.dataset,
+            loader.sampler,
+            loader.batch_sampler,
+            loader.collate_fn,
+            loader.worker_init_fn,
+        ]
+        return [loader, *parts, *self._carriers()]
 
     # ---- what the loader draws from and carries in this process
 
@@ -360,7 +375,14 @@ class Chain:
     def see_next(self, see: Callable[[bool, Any], None]) -> None:
         """Have `see` called before the next batch is handed out: with False and the batch, or True at the end."""
         assert self._pass is not None
-        self._pass.see = see
+        earlier = self._pass.see
+
+        def both(ended: bool, batch: Any) -> None:
+            if earlier is not None:
+                earlier(ended, batch)
+            see(ended, batch)
+
+        self._pass.see = both
 
     @property
     def processes(self) -> list[Any]:
@@ -376,7 +398,7 @@ class Chain:
         ):  # not taken up since the last resume
             return self.saved
         place = self._pass.state_dict() if self._pass is not None and self._pass.running else None
-        return {"built": self._built(), **self.snapshot(), "pass": place}
+        return {"built": self._built(), **self.snapshot(), "pass": place, "large": self._fills.marks()}
 
     def _built(self) -> dict[str, Any]:
         """Return what must not change while a run goes on."""
@@ -410,17 +432,19 @@ class Chain:
                 )
         self.saved = state
 
-    def go_on(self) -> None:
-        """Undo what the walk to the checkpoint's place did to this loader."""
+    def go_on(self) -> list[str]:
+        """Undo what the walk to the checkpoint's place did to this loader; return what to warn of."""
         saved = self.saved
         if saved is None:
-            return
+            return []
         running = self._pass if self._pass is not None and self._pass.running else None
         place = saved["pass"]
         if place and running and not (running.resumed and running.handed_out == place["drawn"][0]):
             running.resume()
         self.set_snapshot(saved)
-        contents.check(self._carriers(), carried.from_plain(saved["carried"]), f"the loader '{self.name}'")
+        where = f"the loader '{self.name}'"
+        contents.check(self._carriers(), carried.from_plain(saved["carried"]), where)
+        return [f"{where}: {line}" for line in self._fills.changed(saved.get("large", {}))]
 
 
 def bind(

@@ -72,6 +72,7 @@ class OnePass:
         self._failed = False
         self.iterator: Callable[[], Any] = lambda: None  # what the function has got
         self._looked = False  # for iterators around it that no cut can go on from
+        self._around = wrapped.Around()
         self._counts: list[int] = []  # of each enumerate() around it, when the checkpoint was taken
 
     def start(self) -> None:
@@ -182,7 +183,7 @@ class OnePass:
             "seen": sorted(self._seen),
             "workers began": workers_to_plain(self._workers_began),
             "reached": self._alone.reached() if self._alone else {},
-            "counts": wrapped.counts(self.iterator()),
+            "counts": wrapped.counts(self._around, self.iterator()),
             "drawn": list(Drawn(self.handed_out, stream.drawn, stream.ended, stream.digest())),
         }
 
@@ -208,10 +209,10 @@ class OnePass:
         if not self._looked and self.handed_out and self._mark.boundaries != chain.position.boundaries:
             self._looked = True  # only a pass with boundaries inside is ever cut
             if chain.passes <= 2:  # the later ones are asked like these
-                wrapped.refuse(self.iterator(), chain.name)
+                wrapped.refuse(self._around, self.iterator(), chain.name)
         chain.on_head(self._mark)
         if self._counts:
-            wrapped.set_counts(self.iterator(), self._counts)
+            wrapped.set_counts(self._around, self.iterator(), self._counts)
             self._counts = []
         see, self.see = self.see, None
         try:

@@ -18,6 +18,7 @@ from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
 from chainrun.training import data, resharding, rng, witness, worker
 from chainrun.training.extent import Extent
+from chainrun.training.lost import Variables
 from chainrun.training.position import Pass, Position
 from chainrun.training.rhythm import Pace
 from chainrun.training.saving import Saving, Setting
@@ -75,6 +76,7 @@ class Run:
         self.on_place: Callable[[], None] | None = None  # told where a checkpoint is taken, or was
         self._ranges: dict[str, dict[str, Any]] = {}
         self._extent = Extent()
+        self._variables = Variables(self._belongings)
         self._due: Wish | None = None
         self._deferred = False
         self._ended: Wish | None = None
@@ -229,16 +231,19 @@ class Run:
             self._load(name)
         objects.load_extras(self._objects, saved["extras"])
         self._load_gradients()
-        for chain in self._loaders.values():
-            chain.go_on()
+        lines = [line for chain in self._loaders.values() for line in chain.go_on()]
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._saved = self._shards = None
         self._gone_on = time.monotonic()
         rng.restore(rng.from_tensors(saved["rng"]))
         if self._is_witnessed():
-            self._hear_witness(saved["position"]["owner"])
+            owner = saved["position"]["owner"]
+            self._hear_witness(owner)
             rng.restore(rng.from_tensors(saved["rng"]))  # a state_dict() may draw
+            self._compare_variables(owner, saved["ranges"])
+        for line in lines:
+            self._tell_of_lost(line)
         if self.on_place is not None:
             self.on_place()
 
@@ -377,6 +382,7 @@ class Run:
             self._checked, self._next = True, self._first_due
             self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
+            self._note_variables()
             things = [thing for _, thing in self._registered.values()]
             for line in (
                 *objects.forgotten(self._objects, things),
@@ -501,7 +507,8 @@ class Run:
         """What follows would be the next batch: leave its fingerprint, and the state's, for the next segment."""
         seconds = witness.seconds_for(self.time_left(), wish.reason)
         about = (tree, self._generators(), self._chain_of(owner))
-        for line in witness.give(self._saving.newest, self.rank, *about, seconds):
+        held = partial(self._variables.noted, self._variables.frames(), self._position.boundaries)
+        for line in witness.give(self._saving.newest, self.rank, *about, seconds, held):
             self._setting.say(line)
 
     def _is_witnessed(self) -> bool:
@@ -526,6 +533,37 @@ class Run:
             witness.hear(testimony, tree, self._generators(), self._chain_of(owner), tell)
         except Exception as error:  # a diagnosis: the training is well without it
             self._setting.say(f"no witness at step {step}: {type(error).__name__}: {error}")
+
+    def _belongings(self) -> list[Any]:
+        """Return what checkpoints hold."""
+        loaders = [each for chain in self._loaders.values() for each in chain.belongings]
+        return [self.state, *self.things(), *loaders]
+
+    def _note_variables(self) -> None:
+        try:
+            self._variables.note_first(self._position.boundaries)
+        except Exception as error:  # as below
+            self._setting.say(f"what variables hold is not followed: {type(error).__name__}: {error}")
+
+    def _compare_variables(self, owner: str | None, ranges: dict[str, dict[str, Any]]) -> None:
+        """Tell of variables that the cut has lost, and that the function goes on to read."""
+        assert self.restored_from is not None
+        chain = self._chain_of(owner)
+        try:
+            told = witness.variables(self.restored_from.path, self.rank)
+            see_next = None if chain is None else chain.see_next
+            gives = {loop: place["index"] < place["of"] for loop, place in ranges.items()}
+            epochs = ranges.get("epochs", {"index": 0, "of": 0})
+            around = owner != "epochs" and epochs["index"] + 1 < epochs["of"]
+            self._variables.hear(told, see_next, gives.get(str(owner)), around, self._tell_of_lost)
+        except Exception as error:  # a diagnosis: the training is well without it
+            self._setting.say(f"what variables hold was not compared: {type(error).__name__}: {error}")
+
+    def _tell_of_lost(self, line: str) -> None:
+        if self.is_main:
+            self._warn(line)
+        else:
+            print(f"chainrun: rank {self.rank}: warning: {line}", file=sys.stderr, flush=True)
 
     def _generators(self) -> list[str]:
         return [name for name, thing in self._objects.items() if isinstance(thing, rng.Registered)]

@@ -31,11 +31,11 @@ _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _LISTS = (list, tuple, collections.deque)
 _SETS = (set, frozenset)
-_RECORDS = (types.SimpleNamespace, argparse.Namespace)
+RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _STATEFUL = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 _DEPTH, _WIDTH = 5, 64  # how deep attributes are followed; longer containers of objects hold data
 _ITEMS, _BYTES = 100_000, 1 << 26  # what is larger is data, not a value that is carried along
-_OWN = {*vars(torch.nn.Module())}  # what torch keeps in a module
+OF_MODULES = {*vars(torch.nn.Module())}  # what torch keeps in a module
 _ASKED = {
     *("resumed", "segment", "restored_from", "time_left"),
     *("time", "time_ns", "perf_counter", "monotonic", "now", "utcnow", "today"),
@@ -137,12 +137,12 @@ def users_modules(frames: list[types.FrameType]) -> list[types.ModuleType]:
             used = value if type(value) is types.ModuleType else None
             if type(value) in (types.FunctionType, type):
                 used = sys.modules.get(value.__module__)
-            if used is not None and _is_users(used):
+            if used is not None and is_users_module(used):
                 todo.append(used.__name__)
     return list(found.values())
 
 
-def _is_users(module: types.ModuleType) -> bool:
+def is_users_module(module: types.ModuleType) -> bool:
     file = vars(module).get("__file__")
     if not isinstance(file, str) or _top(vars(module).get("__name__")) in FOREIGN:
         return False
@@ -154,7 +154,7 @@ def _top(module: Any) -> str:
     return str(module or "builtins").partition(".")[0]
 
 
-def _locals(frame: types.FrameType) -> dict[str, Any]:
+def locals_of(frame: types.FrameType) -> dict[str, Any]:
     """Return a frame's variables, and leave no second reference to them behind."""
     seen = frame.f_locals
     values = dict(seen)
@@ -188,7 +188,7 @@ def asked(frames: list[types.FrameType]) -> dict[str, str]:
 def _functions(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.FunctionType]:
     """Yield the user's functions that code names, and the methods of the classes."""
     values = [names.get(name) for name in code.co_names]
-    for module in [value for value in values if type(value) is types.ModuleType and _is_users(value)]:
+    for module in [value for value in values if type(value) is types.ModuleType and is_users_module(value)]:
         values += [vars(module).get(name) for name in code.co_names]
     for value in values:
         kinds = [one for one in value.__mro__ if is_users_own(one)] if isinstance(value, type) else []
@@ -202,7 +202,7 @@ def _functions(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.Fu
 def is_users_own(thing: Any) -> bool:
     """Whether a class or a function is of the user's own code, neither installed nor Python's."""
     name = thing.__module__
-    return type(name) is str and name in sys.modules and _is_users(sys.modules[name])
+    return type(name) is str and name in sys.modules and is_users_module(sys.modules[name])
 
 
 class Held:
@@ -227,7 +227,7 @@ class Held:
         """Return what the frames' variables and their modules' globals hold."""
         for frame in frames:
             if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-                for name, value in _locals(frame).items():
+                for name, value in locals_of(frame).items():
                     self._visit(value, name, f" in {frame.f_code.co_name}()", _DEPTH)
         for module in users_modules(frames):
             for name, value in list(vars(module).items()):
@@ -261,14 +261,17 @@ class Held:
         elif issubclass(kind, torch.nn.Module):
             state = [*torch.nn.Module.parameters(value), *torch.nn.Module.buffers(value)]
             if any(id(tensor) not in self._saved for tensor in state):
-                self._add(name + where, kind, True, mark([tensor.data for tensor in state]))
+                self._add(name + where, kind, True, self._mark([tensor.data for tensor in state]))
                 self._saved |= {id(tensor) for tensor in state}  # not its parts once more
             raise NoMark  # its attributes
         elif issubclass(kind, _STATEFUL):
             if not registered:
-                self._add(name + where, kind, True, mark(_state(value)))
+                self._add(name + where, kind, True, self._mark(_state(value)))
         else:
-            self._add(name + where, kind, False, mark(value))
+            self._add(name + where, kind, False, self._mark(value))
+
+    def _mark(self, value: Any) -> str:
+        return mark(value)
 
     def _add(self, name: str, kind: type, register: bool, its_mark: str) -> None:
         self.found.setdefault(name, (kind.__name__, register, its_mark))
@@ -283,10 +286,10 @@ class Held:
                 yield from ((f"[{place}]", each) for place, each in enumerate(value))
         elif issubclass(kind, torch.nn.Module):
             own = object.__getattribute__(value, "__dict__")
-            yield from ((f".{n}", v) for n, v in list(own.items()) if n not in _OWN)
+            yield from ((f".{n}", v) for n, v in list(own.items()) if n not in OF_MODULES)
             yield from ((f".{n}", v) for n, v in list(own["_modules"].items()))
         elif (
-            kind in _RECORDS
+            kind in RECORDS
             or _top(kind.__module__) not in FOREIGN
             or issubclass(kind, (torch.utils.data.Dataset, torch.utils.data.DataLoader))
         ):

@@ -5,6 +5,8 @@ that would have come next and leaves, beside its file in the checkpoint, the fin
 random streams and of the state. The next segment compares them with its own. Nothing depends on it: a witness
 that is missing, torn or late changes no run, and the time it may take is bounded.
 
+Beside it lies what the user's variables held (`lost`), which no checkpoint has.
+
 A testimony is a dict from part (``state``, ``random streams``, ``next batch`` or ``end of the loop``) to the
 fingerprints of the part's things by name.
 """
@@ -33,6 +35,7 @@ from chainrun.training.stop import kill
 
 if TYPE_CHECKING:
     from chainrun.training.data import Chain
+    from chainrun.training.lost import Told
     from chainrun.training.saving import Setting
 
 Testimony: TypeAlias = dict[str, dict[str, str]]
@@ -102,7 +105,13 @@ def _of_end(loader: str) -> Testimony:
 
 
 def give(
-    folder: Path, rank: int, tree: dict[str, Any], generators: list[str], chain: Chain | None, seconds: float
+    folder: Path,
+    rank: int,
+    tree: dict[str, Any],
+    generators: list[str],
+    chain: Chain | None,
+    seconds: float,
+    variables: Callable[[], Told],
 ) -> list[str]:
     """Leave a testimony in a committed checkpoint; return what is missing from it, and why.
 
@@ -114,10 +123,12 @@ def give(
         generators: the names of the generators among its objects.
         chain: the loader at whose head the checkpoint was taken, None for another place.
         seconds: what it may take; it takes no more.
+        variables: returns what the user's variables hold, which is left beside the testimony.
     """
     if seconds < LEAST:
         return ["no witness: no time is left for one"]
     testimony: Testimony = {}
+    held: list[Told] = []
     missing: list[str] = []
     done: list[str] = []
     device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
@@ -136,6 +147,7 @@ def give(
     if (size := state.nbytes(tree["objects"])) > RATE * seconds / 2:
         del parts["state"]
         missing.append(f"no witness of the state: {size / 1e9:.1f} GB are too much for {seconds:.1f} s")
+    parts["variables"] = lambda: held.append(variables())
     if chain is not None:
         parts["next batch"] = next_batch  # last: the data set may change what is registered
 
@@ -162,7 +174,9 @@ def give(
     path = folder / witness_file(rank)
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_bytes(seal({"testimony": told}))  # a torn one is none: not worth an fsync
+        temporary.write_bytes(
+            seal({"testimony": told, "variables": held[0] if held else {}})
+        )  # a torn one is none: not worth an fsync
         os.replace(temporary, path)
     except OSError as error:
         missing.append(f"no witness: {path}: {error.strerror}")
@@ -174,11 +188,25 @@ def give(
 
 def read(folder: Path, rank: int) -> Testimony | None:
     """Return what was left in a checkpoint, None where there is nothing, or nothing whole."""
-    content = read_json(folder / witness_file(rank))
-    if not isinstance(content, dict) or not isinstance(content.get("testimony"), dict):
+    content = _read(folder, rank)
+    if not isinstance(content.get("testimony"), dict):
         return None
     told: Testimony = content["testimony"]
-    return told if json.loads(seal({"testimony": told})) == content else None
+    return told
+
+
+def variables(folder: Path, rank: int) -> Told:
+    """Return what was left of the user's variables, nothing where nothing whole was left."""
+    told: Told = _read(folder, rank).get("variables", {})
+    return told
+
+
+def _read(folder: Path, rank: int) -> dict[str, Any]:
+    content = read_json(folder / witness_file(rank))
+    if not isinstance(content, dict):
+        return {}
+    inside = {key: value for key, value in content.items() if key in ("testimony", "variables")}
+    return inside if json.loads(seal(inside)) == content else {}
 
 
 def hear(

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from chainrun.errors import RegisterError
+from chainrun.training.variables import locals_of
 
 _DEPTH = 6
 _REMEMBER: dict[type, str] = {
@@ -36,23 +37,80 @@ _STAND_BETWEEN: tuple[type, ...] = (
 )
 
 
-def around(iterator: Any) -> list[Any]:
-    """Return the iterators, from inside out, that take their items from this one."""
+class Around:
+    """What stands around one iterator, and takes its items from it.
+
+    To find it, all objects are asked whether they refer to it. Where nobody but these iterators and the loop holds any
+    of them, nothing can come or go but with the iterator itself: then the answer is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._counting: list[tuple[int, int]] | None = None  # each enumerate(), and what it refers to, by id
+
+    def look(self, iterator: Any) -> list[Any]:
+        """Return the iterators around this one, from inside out."""
+        found, alone = _look(iterator)
+        if alone:
+            kinds = [one for one in found if type(one) is enumerate]
+            self._counting = [(id(one), id(_inner(one))) for one in kinds]
+        return found
+
+    def counting(self, iterator: Any) -> list[Any]:
+        """Return each enumerate() among them."""
+        if self._counting is not None:
+            # they live as long as the iterator that they alone hold
+            live = [ctypes.cast(one, ctypes.py_object).value for one, _ in self._counting]
+            inner = [inner for _, inner in self._counting]
+            if all(
+                type(one) is enumerate and id(_inner(one)) == i for one, i in zip(live, inner, strict=True)
+            ):
+                return live
+        return [one for one in self.look(iterator) if type(one) is enumerate]
+
+
+def _inner(one: Any) -> Any:
+    return one.__reduce__()[1][0]
+
+
+def _look(iterator: Any) -> tuple[list[Any], bool]:
+    """Return what stands around an iterator, and whether nothing else holds any of that, or the iterator."""
     found: list[Any] = []
+    alone = True
     seen = {id(iterator)}
     level = [iterator, *_running_generators()]
-    for _ in range(_DEPTH):
+    known = [*level]
+    for depth in range(_DEPTH + 1):
         if not level:
             break
-        outer = [
-            one
-            for one in gc.get_referrers(*level)
-            if (issubclass(type(one), _STAND_BETWEEN) or type(one) is tuple) and id(one) not in seen
-        ]
+        outer = []
+        for one in gc.get_referrers(*level):
+            if one is level or one is known or one is found or type(one) is types.FrameType:
+                continue  # this function's own; what frames hold is seen below
+            if not (issubclass(type(one), _STAND_BETWEEN) or type(one) is tuple):
+                alone = False
+            elif id(one) not in seen and depth < _DEPTH:
+                outer.append(one)
+            elif id(one) not in seen:
+                alone = False
         seen.update(map(id, outer))
         found += (one for one in outer if type(one) is not tuple)  # zip and map hold one
+        known += outer
         level = outer
-    return found
+    return found, alone and not _is_in_a_variable({id(one) for one in known})
+
+
+def _is_in_a_variable(known: set[int]) -> bool:
+    """Whether a function that runs, or a generator among these, has one of them in a variable."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("chainrun."):
+        frame = frame.f_back
+    while frame is not None:
+        # the variables of other frames are in a dict, which was seen
+        values = locals_of(frame).values() if frame.f_code.co_flags & inspect.CO_OPTIMIZED else ()
+        if any(id(value) in known for value in values):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _running_generators() -> Iterator[Any]:
@@ -69,13 +127,13 @@ def _running_generators() -> Iterator[Any]:
         frame = frame.f_back
 
 
-def refuse(iterator: Any, name: str) -> None:
+def refuse(around: Around, iterator: Any, name: str) -> None:
     """Refuse what remembers more than a count.
 
     Raises:
         RegisterError: such an iterator takes the batches of the loader `name`.
     """
-    for one in around(iterator):
+    for one in around.look(iterator):
         why = _REMEMBER.get(type(one))
         if why is None and isinstance(one, (zip, itertools.zip_longest)):
             inner = [each for tuple_ in gc.get_referents(one) for each in gc.get_referents(tuple_)]
@@ -90,15 +148,14 @@ def refuse(iterator: Any, name: str) -> None:
             )
 
 
-def counts(iterator: Any) -> list[int]:
+def counts(around: Around, iterator: Any) -> list[int]:
     """Return what each enumerate() around it will count next."""
-    return [_count(one) for one in around(iterator) if type(one) is enumerate]
+    return [_count(one) for one in around.counting(iterator)]
 
 
-def set_counts(iterator: Any, counts: list[int]) -> None:
+def set_counts(around: Around, iterator: Any, counts: list[int]) -> None:
     """Set them to what `counts` returned, unless the loop has changed since."""
-    live = [one for one in around(iterator) if type(one) is enumerate]
-    for one, count in zip(live, counts, strict=False):
+    for one, count in zip(around.counting(iterator), counts, strict=False):
         # enumobject.c: the count comes right after the object's head; Python has no way to set it
         field = ctypes.c_ssize_t.from_address(id(one) + object.__basicsize__)
         if field.value == _count(one):

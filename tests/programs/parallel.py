@@ -1,4 +1,4 @@
-"""A DDP training plainly and cut after every step: python parallel.py FOLDER RANKS KIND; exits 1 where they differ.
+"""A DDP training plainly and cut after every step: python parallel.py FOLDER RANKS KIND WORKERS; exits 1 where they differ.
 
 The ranks are forked before anything runs, train the plain program first (chainrun is not imported yet), then
 the same function through chainrun, one chain for each cut and one cut everywhere, each segment with new process
@@ -35,6 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "compressed": {"bucket_cap_mb": 0.001},
     "accumulated": {"gradient_as_bucket_view": True},
 }
+WORKERS = int(sys.argv[4]) if len(sys.argv) > 4 else 2
 EPOCHS = {"map": 2, "iterable": 2}  # kinds that go over a loader, and not over steps
 
 
@@ -60,9 +61,9 @@ class Shards(torch.utils.data.IterableDataset[torch.Tensor]):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         info = torch.utils.data.get_worker_info()
-        assert info is not None
+        mine, workers = (info.id, info.num_workers) if info else (0, 1)
         held: list[torch.Tensor] = []
-        for index in range(self.rank + 2 * info.id, 40, 2 * info.num_workers):
+        for index in range(self.rank + 2 * mine, 40, 2 * workers):
             held.append(Items()[index])
             if len(held) > 3:
                 yield held.pop(random.randrange(len(held)))
@@ -88,7 +89,7 @@ def train_epochs(run: Any, trace: Path, kind: str) -> None:
     if kind == "map":
         sampler = torch.utils.data.DistributedSampler(Items(), seed=1)
     data = Items() if sampler else Shards(rank)
-    loader = loader_class(data, batch_size=2, sampler=sampler, num_workers=2)
+    loader = loader_class(data, batch_size=2, sampler=sampler, num_workers=WORKERS)
     if run is not None:
         run.register(model=wrapped, optimizer=optimizer, loader=loader)
     step = 0
@@ -177,7 +178,10 @@ def main(rank: int, ranks: int, port: int, folder: Path, kind: str) -> None:
     expected = fingerprint.read(plain / f"trace.{rank}")
     differences = []
     every = list(range(1, steps_of(kind)))
-    for cuts in ([7], every) if kind in EPOCHS else ([1], [2], [3], every):
+    chains = [[7], every] if kind in EPOCHS else [[1], [2], [3], every]
+    if "CHAINRUN_EXACT" in os.environ:
+        chains = [[step] for step in every] + [every]
+    for cuts in chains:
         there = folder / "-".join(map(str, cuts))
         there.mkdir(exist_ok=True)
         chain(there, kind, rank, ranks, cuts)

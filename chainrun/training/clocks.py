@@ -1,0 +1,114 @@
+"""Which names hold what was measured: the time, memory in use. They differ after a cut, and that is no loss.
+
+Read from bytecode: what is worked out in one expression with a clock's name, or with a name that holds such a value,
+holds one too; so does the object whose method is given one (``meter.update(time.time() - start)``).
+"""
+
+from __future__ import annotations
+
+import dis
+import time
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from chainrun.training.liveness import Key
+
+_CLOCKS = {
+    *("time", "time_ns", "perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time"),
+    *(
+        "default_timer",
+        "datetime",
+        "now",
+        "utcnow",
+        "today",
+        "strftime",
+        "elapsed_time",
+        "time_left",
+        "ctime",
+    ),
+    *("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "memory_stats"),
+    *("getrusage", "memory_info", "utilization", "getpid", "gethostname", "urandom", "uuid1", "uuid4"),
+}
+_LOADS = ("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD")
+_STORES = ("STORE_FAST", "STORE_DEREF", "STORE_GLOBAL", "STORE_NAME", "STORE_ATTR")
+_BETWEEN_TARGETS = {"SWAP", "ROT_TWO", "ROT_THREE", "UNPACK_SEQUENCE", "UNPACK_EX", "COPY", "DUP_TOP"}
+_ENDS = ("POP_TOP", "RETURN_VALUE", "POP_JUMP", "JUMP", "FOR_ITER", "YIELD_VALUE")
+_NEAR = 90 * 86400.0  # seconds around now, in which a number is the time of day
+
+Held = set[
+    tuple[types.CodeType | None, Key]
+]  # of a local variable, or of an attribute or a global, in no code
+
+
+def is_time(value: Any) -> bool:
+    """Whether a number is the time of day, now or not long ago."""
+    if type(value) is float:
+        return abs(value - time.time()) < _NEAR
+    return type(value) is int and abs(value - time.time_ns()) < _NEAR * 1e9
+
+
+def measured(codes: Iterable[types.CodeType]) -> Held:
+    """Return the names that hold what was measured."""
+    found: Held = set()
+    functions: set[str] = set()
+    codes = [*codes]
+    for _ in range(3):  # a name by way of another one
+        known = _CLOCKS | functions | {name for code, (_, name) in found if code is None}
+        for code in codes:
+            if not known.isdisjoint(code.co_names) or any(held is code for held, _ in found):
+                _look(code, found, functions)
+    return found
+
+
+def _look(code: types.CodeType, found: Held, functions: set[str]) -> None:
+    loads: list[Key] = []  # since the last expression's end
+    targets = False  # the last instruction stored a value, which the next one may store too
+    for step in dis.get_instructions(code):
+        name = step.opname
+        names = [str(each) for each in (step.argval if isinstance(step.argval, tuple) else (step.argval,))]
+        keys = [_key(name, each) for each in names]
+        marks = [place for place, load in enumerate(loads) if _is_measured(code, load, found, functions)]
+        if name.startswith(_STORES):
+            stores = keys[:1] if "LOAD" in name else keys
+            if marks:
+                found.update((code if key[0] == "local" else None, key) for key in stores)
+            targets = stores == keys
+            loads = loads if targets else keys[1:]
+            continue
+        if targets and name not in _BETWEEN_TARGETS:
+            loads = []
+        targets = False
+        if name.startswith(_LOADS):
+            loads += keys
+        elif name in ("STORE_SUBSCR", "STORE_SLICE"):  # value, container, key
+            if marks:
+                _note(code, loads[marks[-1] + 1 : marks[-1] + 2], found)
+            loads = []
+        elif name.startswith(_ENDS):
+            if marks and name == "RETURN_VALUE" and not code.co_name.startswith(("_", "<")):
+                functions.add(code.co_name)
+            elif marks and name == "POP_TOP":
+                before = loads[: marks[0]]
+                method = max((n for n, (kind, _) in enumerate(before) if kind == "attribute"), default=0)
+                _note(code, before[method - 1 : method] if method else [], found)
+            loads = []
+
+
+def _note(code: types.CodeType, keys: list[Key], found: Held) -> None:
+    """Note the object that gets what was measured, unless it is one that gets all sorts of things."""
+    for key in keys:
+        if key != ("local", "self"):
+            found.add((code if key[0] == "local" else None, key))
+
+
+def _key(operation: str, name: str) -> Key:
+    if "ATTR" in operation or "METHOD" in operation:
+        return ("attribute", name)
+    return ("local" if "FAST" in operation or "DEREF" in operation else "global", name)
+
+
+def _is_measured(code: types.CodeType, key: Key, found: Held, functions: set[str]) -> bool:
+    if key[0] != "local":
+        return key[1] in _CLOCKS or key[1] in functions or (None, key) in found
+    return (code, key) in found or key[1] in functions

@@ -1,0 +1,158 @@
+"""Large lists and dicts of a map-style data set that the training itself has changed, and no checkpoint carries.
+
+A data set may keep in them what it can make again: what its own code fills while it loads is a cache, and left alone.
+So is what a worker changes, which has copies of its own. What else has another length or other items than when the
+checkpoint was taken was changed by the training, and a resumed one has to do without it.
+"""
+
+from __future__ import annotations
+
+import dis
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from chainrun.checkpoint.bits import fingerprint
+from chainrun.training import carried
+from chainrun.training.contents import Contents, is_large_container, sample, without_folders
+from chainrun.training.variables import is_users_own
+
+_ENTRIES = ("__getitem__", "__getitems__", "__call__", "forward")  # what torch's loader calls
+_CHANGE = {
+    *("append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "popleft"),
+    *("remove", "discard", "clear", "move_to_end", "sort", "reverse", "__setitem__"),
+}
+_CODES = 500  # functions looked at
+
+
+class Fills:
+    """Marks of the large containers in the parts of a loader that are no caches of theirs.
+
+    Args:
+        parts: the contents of the data set and of the collate function.
+    """
+
+    def __init__(self, parts: Iterable[Any]) -> None:
+        self._parts = [part for part in parts if isinstance(part, Contents) and part.caches]
+
+    def marks(self) -> dict[str, list[Any]]:
+        """Return the length and a fingerprint of some items of each, by its place."""
+        found: dict[str, list[Any]] = {}
+        for number, part in enumerate(self._parts):
+            owners = part.owners()
+            large = {
+                f"{number}{path}.{name}": value
+                for path, owner in owners.items()
+                for name, value in carried.fields(owner)
+                if is_large_container(value)
+            }
+            names = filled_while_loading(owners.values()) if large else set()
+            found |= {p: _mark(value) for p, value in large.items() if p.rpartition(".")[2] not in names}
+        return found
+
+    def changed(self, then: dict[str, list[Any]]) -> Iterator[str]:
+        """Yield what to tell of those that are not what they were when `marks` returned this."""
+        for number, part in enumerate(self._parts):
+            owners = part.owners()
+            for place, mark in then.items():
+                path, _, name = place.removeprefix(str(number)).rpartition(".")
+                live = dict(carried.fields(owners[path])).get(name) if path in owners else None
+                if not place.startswith(f"{number}.") or live is None:
+                    continue
+                now = _mark(live)
+                if now != mark:
+                    what = f"{mark[0]:,} items then, {now[0]:,} here" if now[0] != mark[0] else "other items"
+                    yield (
+                        f"the attribute '{(path + '.' + name)[1:]}' of {type(part.thing).__name__} is not what it was when the run "
+                        f"was cut ({what}): the training has changed it, and it is too large to be carried beside every "
+                        "checkpoint. If items depend on it, and it is no cache, give the data set state_dict and "
+                        "load_state_dict"
+                    )
+
+
+def _mark(value: Any) -> list[Any]:
+    try:
+        size = len(value)
+    except TypeError:
+        return [0, ""]
+    try:
+        return [size, fingerprint(without_folders(sample(value)))]
+    except Exception:  # items that have no fingerprint
+        return [size, ""]
+
+
+def filled_while_loading(owners: Iterable[Any]) -> set[str]:
+    """Return the names of the attributes whose content the owners' own code changes when items are loaded."""
+    kinds = [kind for owner in owners for kind in type(owner).__mro__ if is_users_own(kind)]
+    methods: dict[str, list[types.FunctionType]] = {}
+    for kind in kinds:
+        for name, method in vars(kind).items():
+            inner = getattr(method, "__func__", getattr(method, "fget", method))
+            inner = getattr(inner, "__wrapped__", inner)
+            if isinstance(inner, types.FunctionType):
+                methods.setdefault(name, []).append(inner)
+    todo = [function for name in _ENTRIES for function in methods.get(name, ())]
+    found: set[str] = set()
+    known: set[types.CodeType] = set()
+    while todo and len(known) < _CODES:
+        function = todo.pop()
+        for code in _codes(function.__code__):
+            if code in known:
+                continue
+            known.add(code)
+            found |= set(_changed_in(code))
+            for name in code.co_names:
+                todo += methods.get(name, ())
+            for step in dis.get_instructions(code):
+                used = function.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
+                if isinstance(used, types.FunctionType) and is_users_own(used):
+                    todo.append(used)
+    return found
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _codes(const)
+
+
+def _changed_in(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of attributes that code sets, or puts items into."""
+    steps = list(dis.get_instructions(code))
+    aliases: dict[str, str] = {}  # variables that hold an attribute's value
+    for place, step in enumerate(steps):
+        before = steps[place - 1] if place else None
+        if step.opname == "STORE_FAST" and before is not None and before.opname == "LOAD_ATTR":
+            aliases[str(step.argval)] = str(before.argval)
+        if step.opname == "STORE_ATTR":
+            yield str(step.argval)
+        elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
+            yield from _name(
+                steps, _before_key(steps, place, 2 if step.opname == "STORE_SLICE" else 1), aliases
+            )
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGE:
+            yield from _name(steps, place - 1, aliases)
+
+
+def _before_key(steps: list[dis.Instruction], place: int, keys: int) -> int:
+    """Return where the container's expression ends, which comes right before its key's."""
+    depth, place = 0, place - 1
+    while place > 0 and depth < keys:
+        step = steps[place]
+        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+        place -= 1
+    return place
+
+
+def _name(steps: list[dis.Instruction], place: int, aliases: dict[str, str]) -> Iterator[str]:
+    """Yield the attribute whose value an expression that ends there gives, be it an item of it."""
+    while place > 0 and steps[place].opname == "BINARY_SUBSCR":
+        place = _before_key(steps, place, 1)
+    step = steps[max(place, 0)]
+    if step.opname == "LOAD_ATTR":
+        yield str(step.argval)
+    elif step.opname.startswith("LOAD_FAST"):
+        name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+        if name in aliases:
+            yield aliases[name]

@@ -1,0 +1,269 @@
+"""What of the user's variables a cut may lose, for a handoff: as `variables.Held`, and stricter.
+
+Passed over is what is registered and what belongs to it; a dict that only lacks keys, which may be a cache; what
+installed packages keep to themselves. Of what is large a sample is looked at.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import time
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from chainrun.training import clocks, rng, variables
+from chainrun.training.carried import FOREIGN
+from chainrun.training.liveness import PROPERTY
+from chainrun.training.variables import NoMark
+
+_ITEMS, _ELEMENTS = 1000, 1 << 16  # of what is longer or larger a sample is looked at
+_DEPTH, _WIDTH = 5, 64
+_CODES = 2000  # functions of the user's that are read
+ATOMS = (bool, int, float, complex, str, bytes, type(None))
+_BY_KEY = (dict, OrderedDict, defaultdict)
+_LISTS = (list, tuple, deque)
+
+
+class Place(NamedTuple):
+    """Where a value is held, and its mark; as a list in JSON."""
+
+    kind: str
+    register: bool
+    """Whether it can be registered."""
+    mark: str
+    base: str
+    """The variable's name."""
+    function: str | None
+    """The function whose variable it is, None for a module's."""
+    parts: list[str]
+    """The attributes that lead from the variable to it, by their names."""
+
+    @property
+    def is_variable(self) -> bool:
+        """Whether a function's variable holds it itself."""
+        return self.function is not None and not self.parts
+
+
+class Kept(variables.Held):
+    """Collects what the user's variables hold; `places` has it by names to be read.
+
+    Args:
+        registered: what checkpoints hold.
+        package: the name of the training function's own package, which may be an installed one.
+        until: a value of `time.monotonic`, at which it gives up.
+    """
+
+    def __init__(self, registered: Iterable[Any], package: str, until: float) -> None:
+        super().__init__([])
+        self._package, self._until = package, until
+        self._passed_over = {id(thing) for thing in belonging(registered)}
+        self._saved |= self._passed_over
+        self._base, self._prefix = "", ""
+        self._function: str | None = None
+        self.places: dict[str, Place] = {}
+        self.givers: set[str] = set()
+        """Names of what gives a default for a key that it lacks."""
+        self.called: dict[str, list[types.CodeType]] = {}
+        """Code that runs where a variable or an attribute of this name is called."""
+
+    def look(self, frames: list[types.FrameType]) -> dict[str, tuple[str, bool, str]]:
+        """Look at the frames' variables and their modules' globals."""
+        for frame in frames:
+            for name, value in variables.locals_of(frame).items():
+                where = f" in {frame.f_code.co_name}()"
+                self._base, self._function, self._prefix = name, frame.f_code.co_name, name
+                self._visit(value, name, where, _DEPTH)
+        for module in variables.users_modules(frames):
+            for name, value in list(vars(module).items()):
+                if not name.startswith("__"):
+                    self._base, self._function = name, None
+                    self._prefix = f"{module.__name__}.{name}"
+                    self._visit(value, self._prefix, "", _DEPTH)
+        return self.found
+
+    def _visit(self, value: Any, name: str, where: str, depth: int) -> None:
+        kind = type(value)
+        if time.monotonic() > self._until or (kind not in ATOMS and id(value) in self._passed_over):
+            return
+        if self._is_own(kind):
+            methods = (vars(one).get(method) for one in kind.__mro__ for method in ("__call__", "forward"))
+            last = (re.findall(r"\w+", name) or [name])[-1]
+            codes = [method.__code__ for method in methods if type(method) is types.FunctionType]
+            self.called.setdefault(last, []).extend(codes)
+        super()._visit(value, name, where, depth)
+
+    def _note(self, value: Any, name: str, where: str) -> None:
+        kind = type(value)
+        if kind in _BY_KEY:
+            if kind is defaultdict:
+                self.givers.add(name)
+            raise NoMark  # key by key
+        if kind in (set, frozenset):
+            return  # what has been seen, mostly: it grows as a cache does
+        if name != self._base and kind is torch.Tensor and not value.is_leaf:
+            return  # with what it was computed from: of this turn only
+        if not clocks.is_time(value):
+            super()._note(value, name, where)
+
+    def _add(self, name: str, kind: type, register: bool, its_mark: str) -> None:
+        if name not in self.places:
+            path = name.partition(" in ")[0][len(self._prefix) :]
+            parts = re.findall(r"\.(\w+)", re.sub(r"\[[^]]*\]", "", path))
+            self.places[name] = Place(kind.__name__, register, its_mark, self._base, self._function, parts)
+
+    def _mark(self, value: Any) -> str:
+        found = variables.mark(_sampled(value))
+        parts = type(value) not in (*_LISTS, Counter) or issubclass(
+            type(next(iter(value), None)), torch.Tensor
+        )
+        if not parts and " " not in found and len(value) > 3:
+            found += f" {len(value)} items"
+        return found
+
+    def _children(self, value: Any) -> Iterator[tuple[str, Any]]:
+        kind = type(value)
+        if issubclass(kind, torch.nn.Module):
+            own = object.__getattribute__(value, "__dict__")
+            if _top(kind) not in FOREIGN:
+                yield from ((f".{n}", v) for n, v in list(own.items()) if n not in variables.OF_MODULES)
+            yield from ((f".{n}", v) for n, v in list(own["_modules"].items()))
+        elif kind in (*_BY_KEY, *_LISTS, *variables.RECORDS):
+            yield from super()._children(value)
+        elif issubclass(kind, tuple) and len(value) <= _WIDTH:
+            yield from ((f"[{place}]", each) for place, each in enumerate(tuple.__iter__(value)))
+        elif self._is_own(kind) or (_gives_state(kind) and _top(kind) not in FOREIGN):
+            yield from ((f".{n}", v) for n, v in fields(value) if not n.startswith("__"))
+
+    def _is_own(self, kind: type) -> bool:
+        return variables.is_users_own(kind) or (_top(kind) == self._package and _top(kind) not in FOREIGN)
+
+
+def _top(kind: type) -> str:
+    return str(kind.__module__).partition(".")[0]
+
+
+def _gives_state(kind: type) -> bool:
+    return all(any(name in vars(one) for one in kind.__mro__) for name in ("state_dict", "load_state_dict"))
+
+
+def fields(value: Any) -> list[tuple[str, Any]]:
+    """Return an object's own attributes, those in slots too; no code of the user's runs."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        for name, slot in vars(kind).items():
+            if type(slot) is types.MemberDescriptorType and name != "__dict__":
+                try:
+                    found[name] = slot.__get__(value)
+                except AttributeError:  # not bound
+                    continue
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        own = {}
+    return [*found.items(), *(own.items() if type(own) is dict else ())]
+
+
+def belonging(roots: Iterable[Any]) -> list[Any]:
+    """Return things and what they hold, as far as attributes and short containers lead to it."""
+    found: dict[int, Any] = {}
+    todo = [(root, _DEPTH) for root in roots]
+    while todo:
+        value, depth = todo.pop()
+        if type(value) in (*ATOMS, types.ModuleType, types.FunctionType, type) or id(value) in found:
+            continue
+        found[id(value)] = value
+        if not depth:
+            continue
+        if isinstance(value, dict):
+            inner: Iterable[Any] = dict.values(value) if len(value) <= _ITEMS else ()
+        elif type(value) in (*_LISTS, set, frozenset):
+            inner = value if len(value) <= _ITEMS else ()
+        elif isinstance(value, types.MethodType):
+            inner = (value.__self__,)
+        elif issubclass(type(value), (torch.Tensor, *rng.GENERATORS)) or _top(type(value)) == "chainrun":
+            inner = ()
+        else:
+            inner = [each for _, each in fields(value)]
+            if isinstance(value, torch.nn.Module):  # however deep
+                inner = [*inner, *torch.nn.Module.modules(value), *torch.nn.Module.parameters(value)]
+                inner += torch.nn.Module.buffers(value)
+        todo += ((each, depth - 1) for each in list(inner))
+    return list(found.values())
+
+
+def _sampled(value: Any, depth: int = _DEPTH) -> Any:
+    """Return a part of what is large, from all over it, with its size."""
+    kind = type(value)
+    if kind in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided:
+        if value.numel() > _ELEMENTS and value.is_contiguous() and not value.is_quantized:
+            flat = value.detach().view(-1)
+            return [list(value.shape), flat[:: flat.numel() // _ELEMENTS + 1]]
+    elif kind in _LISTS and depth:
+        if len(value) > _ITEMS:
+            step = len(value) // _ITEMS + 1
+            value = [len(value), *(each for n, each in enumerate(value) if not n % step)]
+        return [_sampled(each, depth - 1) for each in value]
+    return value
+
+
+def frames(frame: types.FrameType | None, outside: set[types.CodeType]) -> tuple[list[types.FrameType], str]:
+    """Return the frames of the user's code, from inside out, and the name of the training function's package.
+
+    Args:
+        outside: code that ran before the run was begun.
+    """
+    found = [one for one in variables.users_frames(frame) if one.f_code not in outside]
+    found = [one for one in found if one.f_code.co_flags & inspect.CO_OPTIMIZED]
+    package = str(found[-1].f_globals.get("__name__")).partition(".")[0] if found else ""
+    return [one for one in found if _is_frame_of(one, package)], package
+
+
+def _is_frame_of(frame: types.FrameType, package: str) -> bool:
+    name = str(frame.f_globals.get("__name__"))
+    module = sys.modules.get(name)
+    return name.partition(".")[0] == package or (
+        type(module) is types.ModuleType and variables.is_users_module(module)
+    )
+
+
+def functions_of(frames: list[types.FrameType]) -> dict[str, list[types.CodeType]]:
+    """Return the code of the user's functions by the names that run them: of the frames and of their modules."""
+    todo = [("", frame.f_code) for frame in frames]
+    seen: set[int] = set()
+    for module in variables.users_modules(frames):
+        for value in list(vars(module).values()):
+            kinds = (
+                [one for one in value.__mro__ if variables.is_users_own(one)]
+                if isinstance(value, type)
+                else []
+            )
+            for each in [value, *(member for kind in kinds for member in vars(kind).values())]:
+                if id(each) not in seen:
+                    seen.add(id(each))
+                    todo += _code_of(each)
+    found: dict[str, list[types.CodeType]] = {}
+    known: set[types.CodeType] = set()
+    while todo and len(known) < _CODES:
+        before, code = todo.pop()
+        if code not in known:
+            known.add(code)
+            found.setdefault(before + code.co_name, []).append(code)
+            todo += [("", const) for const in code.co_consts if type(const) is types.CodeType]
+    return found
+
+
+def _code_of(thing: Any) -> list[tuple[str, types.CodeType]]:
+    before = ""
+    if isinstance(thing, property):
+        functions, before = [thing.fget, thing.fset], PROPERTY
+    elif isinstance(thing, (staticmethod, classmethod)):
+        functions = [thing.__func__]
+    else:
+        functions = [vars(thing).get("__wrapped__"), thing] if type(thing) is types.FunctionType else []
+    return [(before, one.__code__) for one in functions if type(one) is types.FunctionType]

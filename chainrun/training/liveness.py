@@ -1,0 +1,287 @@
+"""Which names the code that follows a place can read before it writes them.
+
+Of the variables that a cut has changed only those matter: a loop variable, or what a turn works out for itself, is
+written first. Read from bytecode, by the usual flow backwards over it; calls are followed by the names of the functions.
+What an exception would jump to is left out: it is not how a training goes on.
+
+A key is a pair of ``local``, ``global`` or ``attribute`` (of any object) and a name.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import re
+import types
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, TypeAlias
+
+Key: TypeAlias = tuple[str, str]
+Keys: TypeAlias = frozenset[Key]
+
+PROPERTY = "@"  # before the name of a function that runs where an attribute is loaded
+_NONE: Keys = frozenset()
+_JUMPS = {*dis.hasjrel, *dis.hasjabs}
+_ALWAYS = {"JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_INTERRUPT"}
+_HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "SETUP_CLEANUP"}  # until Python 3.10
+_ENDS = {"RETURN_VALUE", "RETURN_CONST"}
+_RAISES = {"RAISE_VARARGS", "RERAISE"}
+_OVERWRITE = {  # methods after which nothing of the object is as it was
+    *("clear", "reset", "zero_", "fill_", "copy_", "set_"),
+    *("normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
+}
+_UNNAMED = {  # called without its name: its reads count wherever the code is
+    *(
+        "__call__",
+        "__iter__",
+        "__next__",
+        "__enter__",
+        "__exit__",
+        "__getitem__",
+        "__setitem__",
+        "__contains__",
+    ),
+    *("__len__", "__add__", "__iadd__", "__mul__", "__bool__", "__float__", "__int__", "__lt__", "__gt__"),
+    "forward",
+}
+_KINDS = (("_FAST", "local"), ("DEREF", "local"), ("_GLOBAL", "global"), ("_NAME", "global"))
+
+
+class Effect(NamedTuple):
+    """What an instruction does with a name: ``use``, ``write`` or ``call`` it."""
+
+    what: str
+    key: Key
+
+
+class Step(NamedTuple):
+    """An instruction: where it may go on, None for the end, and its effects in their order."""
+
+    at: int
+    name: str
+    goes_on: tuple[int | None, ...]
+    effects: tuple[Effect, ...]
+    inner: types.CodeType | None
+    """The lambda or comprehension that it loads."""
+
+
+def read(code: types.CodeType) -> list[Step]:
+    """Return the instructions of some code; they go on at places in this list."""
+    listed = list(dis.get_instructions(code))
+    places = {step.offset: place for place, step in enumerate(listed)}
+    cells = {*code.co_cellvars, *code.co_freevars}
+    found = []
+    for place, step in enumerate(listed):
+        name, after = step.opname, place + 1
+        goes_on: list[int | None] = []
+        if name in _ENDS or after == len(listed):
+            goes_on = [None]
+        elif name not in _RAISES:
+            goes_on = [] if name in _ALWAYS else [after]
+            if step.opcode in _JUMPS and name not in _HANDLERS and step.argval in places:
+                goes_on.append(places[step.argval])
+        inner = step.argval if type(step.argval) is types.CodeType and "<" in step.argval.co_name else None
+        effects = tuple(_effects(step, cells, listed[after : after + 4]))
+        found.append(Step(step.offset, name, tuple(goes_on), effects, inner))
+    return found
+
+
+def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]) -> Iterator[Effect]:
+    name = step.opname
+    if name in ("LOAD_FAST_AND_CLEAR", "LOAD_CLOSURE"):  # a comprehension puts it aside; a function is made
+        return
+    if name in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR"):
+        kind = "attribute"
+    else:
+        kind = next((kind for part, kind in _KINDS if part in name), "")
+        if not kind or not name.startswith(("LOAD", "STORE", "DELETE")):
+            return
+    verbs = re.findall("LOAD|STORE|DELETE", name)
+    names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    for place, (verb, which) in enumerate(zip(verbs, names, strict=False)):
+        if "_FAST" in name and verb == "LOAD" and which in cells:  # a function is made, from Python 3.13
+            continue
+        key = (kind, str(which))
+        if verb != "LOAD" or (place == len(verbs) - 1 and _is_overwritten(then)):
+            yield Effect("write", key)
+        else:
+            yield Effect("use", key)
+            # what else is loaded from an object runs only where it is a property
+            called = kind != "attribute" or name == "LOAD_METHOD" or "NULL|self" in step.argrepr
+            yield Effect("call", key if called else (kind, PROPERTY + key[1]))
+
+
+def _is_overwritten(then: list[dis.Instruction]) -> bool:
+    """Whether what was loaded is written anew as a whole: ``x.clear()``, ``x[:] = …``, ``x[...] = …``."""
+    first = then[0] if then else None
+    if first is None:
+        return False
+    if first.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        return first.argval in _OVERWRITE
+    if first.opname == "LOAD_CONST" and first.argval in (Ellipsis, None):
+        names = [step.opname for step in then[1:]]
+        if first.argval is Ellipsis:
+            return names[:1] == ["STORE_SUBSCR"]
+        return names[1:2] == ["STORE_SLICE"] or names[1:3] == ["BUILD_SLICE", "STORE_SUBSCR"]
+    return False
+
+
+class Code:
+    """The user's code, and which of some names its places can read before they write them.
+
+    Args:
+        functions: the code of the functions, by the name that they are called by.
+        keys: the names that are asked for.
+    """
+
+    def __init__(self, functions: dict[str, list[types.CodeType]], keys: Iterable[Key]) -> None:
+        self._functions, self._keys = functions, frozenset(keys)
+        self._read: dict[types.CodeType, list[Step]] = {}
+        self._known: dict[str, tuple[Keys, Keys]] = {}
+        unnamed = [self._of_call(name)[0] for name in _UNNAMED if name in functions]
+        self._everywhere = frozenset(key for keys in unnamed for key in keys if key[0] != "local")
+
+    def steps(self, code: types.CodeType) -> list[Step]:
+        if code not in self._read:
+            self._read[code] = read(code)
+        return self._read[code]
+
+    def live(
+        self,
+        code: types.CodeType,
+        at: int,
+        ends_with: Keys = _NONE,
+        gives: bool | None = None,
+        around_gives: bool = False,
+    ) -> Keys:
+        """Return what can be read before it is written, from the instruction at an offset on, which is under way.
+
+        Args:
+            ends_with: what can be read after the code has returned.
+            gives: where that instruction asks a loop for its next turn: whether there is one, None for unknown.
+            around_gives: whether the loop around that one has another turn for sure.
+        """
+        steps, ways = self.steps(code), []
+        place = place_of(steps, at)
+        ways = list(steps[place].goes_on)
+        if steps[place].name == "FOR_ITER" and gives is not None and len(ways) == 2:
+            ways = [ways[0] if gives else ways[1]]
+        entries = self._entries(code, ends_with)
+        loops = [n for n, step in enumerate(steps) if step.name == "FOR_ITER" and n < place < _exit(step)]
+        if loops and around_gives:  # in that turn this loop, begun anew, has turns as well
+            for loop in [place] * (steps[place].name == "FOR_ITER") + loops[-1:]:
+                body = steps[loop].goes_on[0]
+                assert body is not None
+                entries = self._entries(code, ends_with, {loop: entries[body]})
+        return (
+            frozenset().union(*(ends_with if way is None else entries[way] for way in ways))
+            | self._everywhere
+        )
+
+    def writes_again(self, code: types.CodeType, at: int, name: str) -> bool:
+        """Whether a loop around the instruction at an offset writes a local variable."""
+        steps = self.steps(code)
+        place = place_of(steps, at)
+        inside = _reached(steps, place) & _reached(_backwards(steps), place)
+        written = {key for each in inside for what, key in steps[each].effects if what == "write"}
+        return ("local", name) in written or name in _written_inside(code)
+
+    def _entries(
+        self, code: types.CodeType, ends_with: Keys, fixed: dict[int, Keys] | None = None
+    ) -> list[Keys]:
+        """Return what is live before each instruction; that of some is known."""
+        steps = self.steps(code)
+        cells = {*code.co_cellvars, *code.co_freevars}
+        found: list[Keys] = [_NONE] * len(steps)
+        changed = True
+        while changed:
+            changed = False
+            for place in range(len(steps) - 1, -1, -1):
+                after = [ends_with if way is None else found[way] for way in steps[place].goes_on]
+                live = after[0].union(*after[1:]) if after else _NONE
+                live = self._before(steps[place], live, cells)
+                if fixed and place in fixed:
+                    live = fixed[place]
+                if live != found[place]:
+                    found[place], changed = live, True
+        return found
+
+    def _before(self, step: Step, live: Keys, cells: set[str]) -> Keys:
+        if step.inner is not None:
+            live = self._passed(live, *self._of_code(step.inner), cells)
+        for what, key in reversed(step.effects):
+            if what == "call":
+                if key[1] in self._functions:
+                    live = self._passed(live, *self._of_call(key[1]), cells)
+            elif key in self._keys:
+                live = live | {key} if what == "use" else live - {key}
+        return live
+
+    @staticmethod
+    def _passed(live: Keys, reads: Keys, writes: Keys, cells: set[str]) -> Keys:
+        known = [{key for key in keys if key[0] != "local" or key[1] in cells} for keys in (reads, writes)]
+        return (live - known[1]) | known[0]
+
+    def _of_call(self, name: str) -> tuple[Keys, Keys]:
+        """Return what functions of a name read before they write it, and what they always write."""
+        if name not in self._known:
+            self._known[name] = _NONE, _NONE  # one that calls itself
+            parts = [self._of_code(code) for code in self._functions[name]]
+            self._known[name] = (
+                frozenset().union(*(reads for reads, _ in parts)),
+                frozenset().union(*(writes for _, writes in parts)),
+            )
+        return self._known[name]
+
+    def _of_code(self, code: types.CodeType) -> tuple[Keys, Keys]:
+        reads, passes = (self._entries(code, end)[0] for end in (_NONE, self._keys))
+        free = {*code.co_freevars}
+        runs_later = code.co_flags & (
+            inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+        )
+        ways = (reads, _NONE if runs_later else self._keys - passes)
+        read_, written = (frozenset(k for k in keys if k[0] != "local" or k[1] in free) for keys in ways)
+        return read_, written
+
+
+def place_of(steps: list[Step], at: int) -> int:
+    """Return the place of the instruction at an offset, which may lie in its cache."""
+    return max(place for place, step in enumerate(steps) if step.at <= max(at, 0))
+
+
+def _exit(loop: Step) -> int:
+    """Return where a loop goes on after its last turn."""
+    return max((way for way in loop.goes_on if way is not None), default=0)
+
+
+def _backwards(steps: list[Step]) -> list[Step]:
+    comes: list[list[int | None]] = [[] for _ in steps]
+    for place, step in enumerate(steps):
+        for way in step.goes_on:
+            if way is not None:
+                comes[way].append(place)
+    return [step._replace(goes_on=tuple(ways)) for step, ways in zip(steps, comes, strict=True)]
+
+
+def _reached(steps: list[Step], place: int) -> set[int]:
+    """Return the instructions that come after one, itself only where a loop comes back to it."""
+    found: set[int] = set()
+    todo = [place]
+    while todo:
+        for way in steps[todo.pop()].goes_on:
+            if way is not None and way not in found:
+                found.add(way)
+                todo.append(way)
+    return found
+
+
+def _written_inside(code: types.CodeType) -> set[str]:
+    """Return the names of the variables that functions inside of others write there (``nonlocal``)."""
+    inner = [const for const in code.co_consts if type(const) is types.CodeType]
+    own = {
+        step.argval
+        for one in inner
+        for step in dis.get_instructions(one)
+        if step.opname == "STORE_DEREF" and step.argval in one.co_freevars
+    }
+    return own.union(*map(_written_inside, inner)) if inner else own

@@ -1,0 +1,272 @@
+"""Which variables of the user's a resumed run has to do without, although the code that follows reads them.
+
+A local variable, a global, an attribute of an object that is not registered: no checkpoint holds them. The segment that
+ends notes marks of them beside its witness; the next one compares, at the moment its loop goes on. A false alarm is
+worse than a missed one. Told is what
+
+- is bound in both and holds something else;
+- has changed from the segment's first boundary to its last, or a loop around this place gives it another value: not
+  what differs from job to job;
+- is read from here on before it is written (`liveness`);
+- holds no time (`clocks`), and was not just made at its first use: None or a flag, and since then what it is now.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+import types
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from chainrun.training import clocks, variables
+from chainrun.training.held import ATOMS, Kept, Place, frames, functions_of
+from chainrun.training.liveness import Code, Key, Keys
+
+SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
+MOST = 300  # variables noted
+SHOWN = 5
+_ONCE = ("None", "False", "True")
+
+Told = dict[str, list[Any]]
+"""By name a `Place`, and whether it is known to have changed; None where that is not known."""
+
+
+class Loss(NamedTuple):
+    """A variable that is not what it was."""
+
+    name: str
+    then: Place
+    now: str
+    """The mark that it has here."""
+
+    def text(self) -> str:
+        """Return its name and, where they can be shown, its two values."""
+        then, now = self.values
+        return self.where + (f" ({then} then, {now} here)" if then != now else "")
+
+    @property
+    def where(self) -> str:
+        path, inside, function = self.name.partition(" in ")
+        return f"`{path}`{inside}{function}"
+
+    @property
+    def values(self) -> tuple[str, str]:
+        """What it was and is, where both can be shown."""
+        then, now = _shown(self.then.mark), _shown(self.now)
+        return (then, now) if then and now else ("", "")
+
+
+def warning(losses: list[Loss]) -> str:
+    """Return what to tell of them, in a sentence."""
+    if len(losses) == 1:
+        (one,) = losses
+        then, now = one.values
+        changed = f"was {then} when the run was cut and is {now} here"
+        text = f"the variable {one.where} {changed if then != now else 'is not what it was when the run was cut'}"
+    else:
+        named = ", ".join(one.text() for one in losses[:SHOWN])
+        more = f" and {len(losses) - SHOWN} more" * (len(losses) > SHOWN)
+        text = f"these variables are not what they were when the run was cut: {named}{more}"
+    return f"{text}: {_remedy(losses)}"
+
+
+def _remedy(losses: list[Loss]) -> str:
+    """Return what to do: register objects, keep values in `run.state`."""
+    found = []
+    objects = dict.fromkeys(one.then.base for one in losses if one.then.register)
+    values = [one for one in losses if not one.then.register]
+    if objects:
+        found.append(f"call run.register({', '.join(f'{name}=...' for name in [*objects][:SHOWN])})")
+    if any(one.then.parts for one in values):
+        found.append(
+            "keep it in run.state, or give its owner state_dict and load_state_dict and register that"
+        )
+    elif values:
+        found.append("keep it in run.state")
+    return "; ".join(found)
+
+
+def _shown(mark: str) -> str:
+    return mark.partition(" ")[2]
+
+
+class Variables:
+    """Follows what the user's variables hold through one segment.
+
+    Args:
+        registered: returns what checkpoints hold.
+    """
+
+    def __init__(self, registered: Callable[[], Iterable[Any]]) -> None:
+        self._registered = registered
+        self._outside: set[types.CodeType] = set()  # the code that was running before: it does not begin anew
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            self._outside.add(frame.f_code)
+            frame = frame.f_back
+        self._first: dict[str, str] = {}
+        self._first_at = -1
+        self._differ: dict[str, tuple[list[Any], str]] = {}
+        self._called: dict[str, list[types.CodeType]] = {}
+        self._same: dict[tuple[types.FrameType, str], set[tuple[types.FrameType, str]]] = {}
+
+    def frames(self) -> list[types.FrameType]:
+        """Return the frames of the user's code that call, from inside out."""
+        return frames(sys._getframe(1), self._outside)[0]
+
+    def _look(self, where: list[types.FrameType]) -> Kept:
+        package = str(where[-1].f_globals.get("__name__")).partition(".")[0] if where else ""
+        held = Kept(self._registered(), package, time.monotonic() + SECONDS)
+        held.look(where)
+        return held
+
+    def note_first(self, boundary: int) -> None:
+        """At the segment's first boundary: what changes from here on is state."""
+        self._first_at = boundary
+        self._first = {name: place.mark for name, place in self._look(self.frames()).places.items()}
+
+    def noted(self, where: list[types.FrameType], boundary: int) -> Told:
+        """Return what may be lost by a cut at this boundary.
+
+        Args:
+            where: what `frames` returned, in the thread that runs the training.
+        """
+        first = self._first if self._first_at != boundary else {}
+        found: Told = {}
+        for name, place in self._look(where).places.items():
+            changed = first[name] != place.mark if name in first else None
+            if changed or place.is_variable:
+                found[name] = [*place, changed]
+        return dict(itertools.islice(found.items(), MOST))
+
+    def compare(self, told: Told) -> None:
+        """Where the loop goes on: note what is bound here too and holds something else."""
+        where = self.frames()
+        held = self._look(where)
+        self._called = held.called
+        for name, noted in told.items():
+            now = held.places.get(name)
+            if now is not None and now.mark != noted[2]:
+                self._differ[name] = noted, now.mark
+            elif now is None and any(name.startswith(f"{giver}[") for giver in held.givers):
+                self._differ[name] = noted, ""
+        values = [
+            (frame, name, value)
+            for frame in where
+            for name, value in variables.locals_of(frame).items()
+            if type(value) not in ATOMS
+        ]
+        known: dict[int, set[tuple[types.FrameType, str]]] = {}
+        for frame, name, value in values:
+            known.setdefault(id(value), set()).add((frame, name))
+        self._same = {(frame, name): known[id(value)] for frame, name, value in values}
+
+    def hear(
+        self,
+        told: Told,
+        see_next: Callable[[Callable[[bool, Any], None]], None] | None,
+        gives: bool | None,
+        around_gives: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Where the loop goes on: compare, and tell of what is lost, before a line of the function runs.
+
+        Args:
+            told: what the segment before has `noted`.
+            see_next: has a function called when the loader's loop asks for its next turn, which then knows whether
+                there is one; None where no loader's loop goes on.
+            gives: whether there is one, where that is known already.
+            around_gives: whether the loop around it has another turn.
+            tell: called with a sentence, if there is something to tell.
+        """
+        self.compare(told)
+
+        def look(gives: bool | None) -> None:
+            losses = self.lost(gives, around_gives)
+            if losses:
+                tell(warning(losses))
+
+        if see_next is None:
+            look(gives)
+        elif self._differ:
+            see_next(lambda ended, _: look(not ended))
+
+    def lost(self, gives: bool | None, around_gives: bool = False) -> list[Loss]:
+        """Return those of them that matter, at the same place; the arguments are those of `hear`."""
+        differ, self._differ = self._differ, {}
+        same, self._same = self._same, {}
+        if not differ:
+            return []
+        where = self.frames()
+        functions = functions_of(where)
+        for name, codes in self._called.items():
+            functions.setdefault(name, []).extend(codes)
+        places = {name: Place(*noted[:-1]) for name, (noted, _) in differ.items()}
+        aliases = {name for group in same.values() for _, name in group}
+        keys = {key for place in places.values() for key in _keys(place)} | {
+            ("local", name) for name in aliases
+        }
+        code = Code(functions, keys)
+        live = _live(code, where, gives, around_gives)
+        measured = clocks.measured({*(f.f_code for f in where), *itertools.chain(*functions.values())})
+        found = []
+        for name, (noted, now) in differ.items():
+            place, changed = places[name], noted[-1]
+            own = [frame for frame in where if frame.f_code.co_name == place.function]
+            if not changed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
+                continue
+            if _is_made_once(place, now, changed):
+                continue
+            scopes = {None, *(frame.f_code for frame in own)}
+            if any((scope, key) in measured for scope in scopes for key in _keys(place)):
+                continue
+            if _is_read(place, own, live, same):
+                found.append(Loss(name, place, now))
+        return found
+
+
+def _live(
+    code: Code, where: list[types.FrameType], gives: bool | None, around_gives: bool
+) -> dict[types.FrameType, Keys]:
+    """Return what the code that follows reads before it writes it, for each frame."""
+    live: dict[types.FrameType, Keys] = {}
+    after: Keys = frozenset()
+    for frame in reversed(where):  # from outside in: what is read when the inner one has returned
+        free = {*frame.f_code.co_freevars}
+        ends_with = frozenset(key for key in after if key[0] != "local" or key[1] in free)
+        after = live[frame] = code.live(frame.f_code, frame.f_lasti, ends_with, gives, around_gives)
+    return live
+
+
+def _is_made_once(place: Place, now: str, changed: bool | None) -> bool:
+    """Whether it was, or may have been, made for want of something: it was None or a flag, and has not changed since.
+
+    A function's own variable that has changed later than that is no such thing: ``best = None``.
+    """
+    return _shown(now) in _ONCE and not (changed and (place.is_variable or _shown(now) == "True"))
+
+
+def _is_read(
+    place: Place,
+    own: list[types.FrameType],
+    live: dict[types.FrameType, Keys],
+    same: dict[tuple[types.FrameType, str], set[tuple[types.FrameType, str]]],
+) -> bool:
+    inside = next(iter(live.values())) if live else frozenset()
+    innermost = next(reversed(live.values())) if live else inside
+    if not all(("attribute", part) in innermost for part in place.parts):
+        return False
+    if place.function is None:
+        return ("global", place.base) in innermost or ("attribute", place.base) in innermost
+    names = {(frame, place.base) for frame in own}
+    names = names.union(*(same.get(one, ()) for one in names))  # the same object under another name
+    return any(("local", name) in live.get(frame, ()) for frame, name in names)
+
+
+def _keys(place: Place) -> list[Key]:
+    attributes: list[Key] = [("attribute", part) for part in place.parts]
+    if place.function is None:
+        return [("global", place.base), ("attribute", place.base), *attributes]
+    return [("local", place.base), *attributes]

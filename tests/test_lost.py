@@ -1,0 +1,758 @@
+"""A resumed run tells which variables of the function it has to do without, and never of one that does not matter."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import io
+import itertools
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chain import cut, lost
+from tqdm import tqdm
+
+from chainrun.rundir import RunDir
+from chainrun.training import liveness
+from chainrun.training import lost as variables_lost
+
+STEPS = 10
+CALLS = 0
+SUMS = {"loss": 0.0}
+SETTINGS: dict[str, Any] = {"lr": 0.1}
+CACHE: dict[int, float] = {}
+TABLE: Any = None
+WARNED = False
+
+
+@pytest.fixture(autouse=True)
+def _fresh_globals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the functions below change in this module is as in a new process, for each test."""
+    for name, value in (("CALLS", 0), ("TABLE", None), ("WARNED", False)):
+        monkeypatch.setitem(globals(), name, value)
+    monkeypatch.setitem(SUMS, "loss", 0.0)
+    CACHE.clear()
+
+
+def told(train: Callable[..., Any], cuts: Any = (3, 7)) -> list[str]:
+    """Return what is said of variables when a training is cut."""
+    after = {"CALLS": 0, "TABLE": None, "WARNED": False}
+
+    def anew(run: Any, DataLoader: Any) -> Any:
+        globals().update(after)  # each segment is a process of its own
+        SUMS["loss"] = 0.0
+        CACHE.clear()
+        return train(run, DataLoader)
+
+    return lost(cut(anew, cuts))
+
+
+def begin(run: Any, DataLoader: Any, **more: Any) -> tuple[Any, Any, Any]:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loader = DataLoader(torch.randn(STEPS, 2), batch_size=2, shuffle=True)
+    run.register(model=model, optimizer=optimizer, loader=loader, **more)
+    return model, optimizer, loader
+
+
+def update(model: Any, optimizer: Any, batch: Any) -> torch.Tensor:
+    loss = model(batch).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+# ---- what is lost: the function, and what has to be named
+
+
+def counter(run: Any, DataLoader: Any) -> int:
+    model, optimizer, loader = begin(run, DataLoader)
+    seen = 0
+    for _ in run.epochs(2):
+        for batch in loader:
+            update(model, optimizer, batch)
+            seen += len(batch)
+            run.step()
+    return seen
+
+
+def running_average(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    average = None
+    for _ in run.epochs(2):
+        for batch in loader:
+            loss = update(model, optimizer, batch).item()
+            average = loss if average is None else 0.9 * average + 0.1 * loss
+            run.step(average=average)
+
+
+def sum_of_the_epoch(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    for _ in run.epochs(2):
+        total = 0.0
+        for batch in loader:
+            total += update(model, optimizer, batch)
+            run.step()
+        run.log(total=total)
+
+
+def best(run: Any, DataLoader: Any) -> float:
+    model, optimizer, loader = begin(run, DataLoader)
+    best_loss = float("inf")
+    for _ in run.epochs(4):
+        for batch in loader:
+            loss = update(model, optimizer, batch)
+            run.step()
+        if loss < best_loss:
+            best_loss = loss.item()
+    return best_loss
+
+
+def rate_set_once(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    scale = 1.0
+    for step in run.steps(STEPS):
+        if step == 2:
+            scale = 0.1
+        update(model, optimizer, torch.randn(2, 2) * scale)
+
+
+def history(run: Any, DataLoader: Any) -> float:
+    model, optimizer, _ = begin(run, DataLoader)
+    losses = []
+    for _ in run.steps(STEPS):
+        losses.append(update(model, optimizer, torch.randn(2, 2)).item())
+    return sum(losses)
+
+
+class Lookahead:
+    """Slow weights that follow the optimizer's; it has state, and nobody registers it."""
+
+    def __init__(self, optimizer: Any, every: int = 2) -> None:
+        self.optimizer, self.every, self.count = optimizer, every, 0
+        self.slow = [[p.detach().clone() for p in g["params"]] for g in optimizer.param_groups]
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.count += 1
+        if self.count % self.every == 0:
+            for group, slow in zip(self.optimizer.param_groups, self.slow, strict=True):
+                for fast, mine in zip(group["params"], slow, strict=True):
+                    mine.add_(fast.detach() - mine, alpha=0.5)
+                    fast.data.copy_(mine)
+
+
+def lookahead(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    ahead = Lookahead(optimizer)
+    for _ in run.epochs(2):
+        for batch in loader:
+            model(batch).sum().backward()
+            ahead.step()
+            optimizer.zero_grad()
+            run.step()
+
+
+class LookaheadOptimizer(torch.optim.Optimizer):
+    """The same as a kind of optimizer, as packages have it."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+        super().__init__(base.param_groups, {})
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["slow"] = p.detach().clone()
+
+    def step(self, closure: Any = None) -> None:
+        self.base.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.lerp_(self.state[p]["slow"].lerp_(p.detach(), 0.5), 0.5)
+
+
+def lookahead_optimizer(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    ahead = LookaheadOptimizer(optimizer)
+    for _ in run.steps(STEPS):
+        update(model, ahead, torch.randn(2, 2))
+
+
+def moving_average_module(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    slow = torch.nn.Linear(2, 1).requires_grad_(False)
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2) * slow(torch.ones(2)))
+        for mine, its in zip(slow.parameters(), model.parameters(), strict=True):
+            mine.lerp_(its.detach(), 0.1)
+
+
+class Meter:
+    """The examples' AverageMeter."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.val = self.avg = self.sum = self.count = 0
+
+    def update(self, val: Any, n: int = 1) -> None:
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / self.count
+
+
+def meter(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    losses = Meter()
+    for _ in run.epochs(2):
+        losses.reset()
+        for batch in loader:
+            losses.update(update(model, optimizer, batch).item(), len(batch))
+            run.step(loss=losses.avg)
+
+
+def meters_by_name(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    meters: Any = collections.defaultdict(Meter)
+    for _ in run.steps(STEPS):
+        meters["loss"].update(update(model, optimizer, torch.randn(2, 2)).item())
+        run.log(loss=meters["loss"].avg)
+
+
+class Trainer:
+    """A trainer class: the counts are its attributes."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.patience, self.batch, self.loss = 0, None, 0.0
+
+    def fit(self, run: Any, loader: Any) -> None:
+        for _ in run.epochs(3):
+            for self.batch in loader:
+                self.one_step()
+                run.step()
+
+    def one_step(self) -> None:
+        self.loss = update(self.model, self.optimizer, self.batch).item()
+        if self.loss > 0.1:
+            self.patience += 1
+
+
+def attribute_of_a_trainer(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    Trainer(model, optimizer).fit(run, loader)
+
+
+def count_call() -> int:
+    global CALLS  # noqa: PLW0603 as scripts do
+    CALLS += 1
+    return CALLS
+
+
+def module_global(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    for _ in run.epochs(2):
+        for batch in loader:
+            update(model, optimizer, batch * count_call())
+            run.step()
+
+
+def value_in_a_global_dict(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    for _ in run.steps(STEPS):
+        SUMS["loss"] += update(model, optimizer, torch.randn(2, 2)).item()
+
+
+def variable_of_an_outer_function(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    count = 0
+
+    def one_step() -> None:
+        nonlocal count
+        count += 1
+        update(model, optimizer, torch.randn(2, 2) * count)
+
+    for _ in run.steps(STEPS):
+        one_step()
+
+
+def generator(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    noise = np.random.default_rng(1)
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.full((2, 2), noise.random()))
+
+
+def hidden_state(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    hidden = torch.zeros(2, 1)
+    for _ in run.steps(STEPS):
+        hidden = model(torch.randn(2, 2)) + hidden.detach()
+        hidden.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@dataclass
+class Stop:
+    best: float = 9.0
+    bad: int = 0
+    seen: list[float] = field(default_factory=list)
+
+
+def data_class(run: Any, DataLoader: Any) -> int:
+    model, optimizer, _ = begin(run, DataLoader)
+    stop = Stop()
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2))
+        stop.bad += 1
+        if stop.bad > 20:
+            break
+    return stop.bad
+
+
+def smoothed(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    window: Any = collections.deque(maxlen=5)
+    for _ in run.steps(STEPS):
+        window.append(update(model, optimizer, torch.randn(2, 2)).item())
+        run.log(smoothed=sum(window) / len(window))
+
+
+LOST = [
+    (counter, "`seen` in counter() was 6 when the run was cut and is 0 here: keep it in run.state"),
+    (running_average, "`average` in running_average()"),
+    (sum_of_the_epoch, "`total` in sum_of_the_epoch()"),
+    (best, "`best_loss` in best()"),
+    (rate_set_once, "`scale` in rate_set_once() was 0.1 when the run was cut and is 1.0 here"),
+    (history, "`losses` in history()"),
+    (lookahead, "`ahead.slow` in lookahead()"),
+    (lookahead_optimizer, "`ahead` in lookahead_optimizer()"),
+    (
+        moving_average_module,
+        "`slow` in moving_average_module() is not what it was when the run was cut: call run.register(slow=...)",
+    ),
+    (meter, "`losses.sum` in meter()"),
+    (meters_by_name, "`meters['loss'].sum` in meters_by_name()"),
+    (attribute_of_a_trainer, "`self.patience` in fit()"),
+    (module_global, ".CALLS`"),
+    (value_in_a_global_dict, ".SUMS['loss']`"),
+    (variable_of_an_outer_function, "`count` in variable_of_an_outer_function()"),
+    (generator, "`noise` in generator()"),
+    (hidden_state, "`hidden` in hidden_state()"),
+    (data_class, "`stop.bad` in data_class()"),
+    (smoothed, "`window` in smoothed()"),
+]
+
+
+@pytest.mark.parametrize(("train", "named"), LOST, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_variable_that_the_cut_loses_is_named(train: Any, named: str) -> None:
+    """At every handoff, with its values where they are short."""
+    line = told(train, (7,) if train is best else (3,))[0]
+    assert line.startswith("warning: ")
+    assert named in line
+
+
+# ---- what is not
+
+
+def loop_variables(run: Any, DataLoader: Any) -> float:
+    """Bound before the loop, and written in each turn before they are read."""
+    model, optimizer, loader = begin(run, DataLoader)
+    batch, loss, step, factor = next(iter(loader)), None, -1, 1.0
+    for epoch in run.epochs(2):
+        for step, batch in enumerate(loader):
+            factor = 1.0 if step % 2 else 0.5
+            with torch.autograd.set_detect_anomaly(False):
+                try:
+                    loss = update(model, optimizer, batch * factor)
+                finally:
+                    del factor
+            run.step(loss=loss, epoch=epoch)
+    return float(loss)
+
+
+def clocks(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    start, shown, spent, rate = time.time(), time.perf_counter(), 0.0, 0.0
+    batch_time, data_time = Meter(), Meter()
+    laps = []
+    times = {"step": 0.0}
+    end = time.monotonic()
+    for _ in run.epochs(2):
+        for batch in loader:
+            data_time.update(time.monotonic() - end)
+            update(model, optimizer, batch)
+            if time.perf_counter() - shown > 1e-9:
+                shown = time.perf_counter()
+            spent += time.time() - start
+            rate = 0.9 * rate + 0.1 / spent
+            laps.append(spent)
+            times["step"] = spent
+            batch_time.update(time.monotonic() - end)
+            end = time.monotonic()
+            run.step(seconds=batch_time.avg, rate=rate, data=data_time.avg, times=times["step"])
+    print(len(laps))
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self.began, self.laps = time.time(), 0.0
+
+    def lap(self) -> float:
+        now = time.time()
+        self.laps += now - self.began
+        self.began = now
+        return self.laps
+
+
+def stopwatch(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    watch, slept = Stopwatch(), 0.0
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2))
+        slept += watch.lap()
+
+
+def bars_files_and_loggers(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    file, logger, log = io.StringIO(), logging.getLogger("x"), []
+    bar = tqdm(total=20, file=io.StringIO())
+    for epoch in run.epochs(2):
+        for step, batch in enumerate(tqdm(loader, file=io.StringIO())):
+            loss = update(model, optimizer, batch)
+            bar.update(1)
+            bar.set_postfix(loss=loss.item())
+            file.write(f"{epoch} {step}")
+            logger.debug("step %d", step)
+            run.step()
+    assert not log
+
+
+def what_jobs_differ_in(run: Any, DataLoader: Any) -> None:
+    """A number of the job, a folder of its own, flags of the resume: other ones here, but no state."""
+    model, optimizer, _ = begin(run, DataLoader)
+    segment, resumed, job = run.segment, run.resumed, random.Random().random()
+    settings = {"segment": job, "dir": f"/tmp/{job}"}
+    if run.resumed:
+        first = run.global_step
+    else:
+        first = -1
+    for _ in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2))
+        if loss < 0:
+            print(segment, resumed, settings, first)
+
+
+def caches(run: Any, DataLoader: Any) -> None:
+    """What is made again where it is wanted."""
+    global TABLE, WARNED  # noqa: PLW0603 as scripts do
+    model, optimizer, _ = begin(run, DataLoader)
+    known: dict[int, float] = {}
+    mask, asked = None, set()
+    for step in run.steps(STEPS):
+        if mask is None:
+            mask = torch.ones(2, 2)
+        if step % 5 not in known:
+            known[step % 5] = 1.0 / (step % 5 + 1)
+        CACHE.setdefault(step, 2.0)
+        if TABLE is None:
+            TABLE = [1.0, 2.0]
+        if step > 1 and not WARNED:
+            WARNED = True
+        asked.add(step)
+        update(model, optimizer, torch.randn(2, 2) * mask * known[step % 5] * CACHE[step] * TABLE[1])
+
+
+def buffers(run: Any, DataLoader: Any) -> None:
+    """Made once, and written anew in each turn before they are read."""
+    model, optimizer, loader = begin(run, DataLoader)
+    buffer, array, collected = torch.zeros(2, 2), np.zeros(2), [0.0]
+    for _ in run.epochs(2):
+        for batch in loader:
+            buffer.copy_(batch)
+            array[:] = batch[0].numpy()
+            collected.clear()
+            collected.append(update(model, optimizer, buffer).item() + array.sum())
+            run.step(loss=collected[0])
+
+
+class Callback:
+    """Attributes that a turn writes before it reads them."""
+
+    def __init__(self) -> None:
+        self.loss, self.batch, self.outputs = 0.0, None, [0.0]
+
+    def before(self, batch: Any) -> None:
+        self.batch = batch
+        self.outputs = [batch.sum().item()]
+
+    def after(self, model: Any, optimizer: Any) -> float:
+        self.loss = update(model, optimizer, self.batch).item()
+        return self.loss + self.outputs[0]
+
+
+class Criterion(torch.nn.Module):
+    last = 0.0
+
+    def forward(self, value: Any) -> Any:
+        self.last = value.mean().item()
+        return value.square().mean()
+
+
+def attributes_of_a_turn(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    callback, criterion = Callback(), Criterion()
+    criterion.last = 1.0
+    for _ in run.epochs(2):
+        for batch in loader:
+            callback.before(batch)
+            callback.after(model, optimizer)
+            criterion(batch)
+            run.step(loss=callback.loss, last=criterion.last)
+
+
+class Average:
+    """Registered, with what its state_dict() leaves out."""
+
+    def __init__(self) -> None:
+        self.sum, self.calls = 0.0, [0]
+
+    def add(self, value: float) -> None:
+        self.sum += value
+        self.calls[0] += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {"sum": self.sum}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.sum = state["sum"]
+
+
+def what_checkpoints_hold(run: Any, DataLoader: Any) -> float:
+    noise, average = torch.Generator().manual_seed(3), Average()
+    model, optimizer, loader = begin(run, DataLoader, noise=noise, average=average)
+    calls, weight, state = average.calls, model.weight, run.state
+    state.setdefault("best", 9.0)
+    sums = run.state.setdefault("sums", [0.0])
+    parameters = list(model.parameters())
+    best_loss = run.state["best"]
+    step = run.global_step
+    for _ in run.epochs(2):
+        for batch in loader:
+            loss = update(model, optimizer, batch + torch.rand(2, generator=noise)).item()
+            average.add(loss)
+            best_loss = min(best_loss, loss)
+            state["best"] = best_loss
+            sums[0] += loss
+            step += 1
+            run.step(best=best_loss, step=step, calls=calls[0], norm=weight.norm(), n=len(parameters))
+    return best_loss
+
+
+class Counted(torch.utils.data.Dataset[Any]):
+    """Its attributes, and a generator, are the loader's to bring back."""
+
+    def __init__(self) -> None:
+        self.noise, self.visits, self.level = random.Random(3), 0, 0.0
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.visits += 1
+        return torch.full((2,), self.noise.random() + self.level)
+
+
+def data_set(run: Any, DataLoader: Any) -> None:
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    dataset = Counted()
+    order = torch.Generator().manual_seed(5)
+    loader = DataLoader(dataset, batch_size=2, shuffle=True, generator=order)
+    run.register(model=model, optimizer=optimizer, loader=loader)
+    for epoch in run.epochs(2):
+        dataset.level = float(epoch)
+        for batch in loader:
+            update(model, optimizer, batch)
+            run.step()
+
+
+def activations(run: Any, DataLoader: Any) -> None:
+    """What a hook keeps of a forward pass."""
+    model, optimizer, _ = begin(run, DataLoader)
+    kept: dict[str, Any] = {}
+    model.register_forward_hook(lambda _, inputs, output: kept.update(out=output, into=inputs[0].detach()))
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2))
+        run.log(norm=kept["out"].norm(), into=kept["into"].norm())
+
+
+def read_in_no_code_that_follows(run: Any, DataLoader: Any) -> None:
+    """A value of the part before, which nothing reads any more."""
+    model, optimizer, _ = begin(run, DataLoader)
+    warm = 0
+    while warm < 3:
+        warm += 1
+    for _ in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2))
+        last = loss.item()
+        run.log(last=last)
+
+
+def batches(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def iterators(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    endless, numbers, add = batches(loader), map(int, range(99)), functools.partial(sum, start=0)
+    pairs = itertools.chain([1], [2])
+    for _ in run.steps(STEPS):
+        update(model, optimizer, next(endless))
+    assert numbers and add and pairs and os.sep
+
+
+QUIET = [
+    loop_variables,
+    clocks,
+    stopwatch,
+    bars_files_and_loggers,
+    what_jobs_differ_in,
+    caches,
+    buffers,
+    attributes_of_a_turn,
+    what_checkpoints_hold,
+    data_set,
+    activations,
+    read_in_no_code_that_follows,
+    iterators,
+]
+
+
+@pytest.mark.parametrize("train", QUIET, ids=lambda train: train.__name__)
+def test_a_variable_that_does_not_matter_is_not_named(train: Any) -> None:
+    """Cut anywhere, also at an epoch's end and after every step."""
+    for cuts in ((3, 7), (5,), range(1, STEPS)):
+        assert told(train, cuts) == []
+
+
+def closure(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+
+    def counting() -> Callable[[], int]:
+        count = 0
+
+        def one_more() -> int:
+            nonlocal count
+            count += 1
+            return count
+
+        return one_more
+
+    count = counting()
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.full((2, 2), float(count())))
+
+
+def by_epoch(run: Any, DataLoader: Any) -> float:
+    model, optimizer, _ = begin(run, DataLoader)
+    known: dict[int, float] = {}
+    seen = set()
+    for step in run.steps(STEPS):
+        known[step] = update(model, optimizer, torch.randn(2, 2)).item()
+        seen.add(step)
+    return sum(known.values()) + len(seen)
+
+
+@pytest.mark.parametrize("train", [closure, by_epoch])
+def test_what_no_handoff_tells_of(train: Any) -> None:
+    """What cannot be told from a cache, or is reached through a function only: the documentation says so."""
+    assert told(train) == []
+
+
+def test_the_warning_is_in_the_journal_too(tmp_path: Path) -> None:
+    """Once for each handoff, where `chainrun status` and the report look; and the run goes on."""
+    trained = cut(counter, (3, 7), dir=tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    found = [event for event in events if event["event"] == "warning"]
+    assert [f"warning: {event['reason']}" for event in found] == lost(trained)
+    assert [event["step"] for event in found] == [3, 7]
+    assert len(trained.lines) == 0
+    assert trained.segments == 3
+
+
+def test_every_rank_of_a_real_chain_tells_of_its_own(tmp_path: Path) -> None:
+    """On the second rank alone a variable has changed: its log has the warning, the first one's has none."""
+    described = {
+        "name": "two",
+        "function": f"{Path(__file__).parent / 'programs' / 'faulty.py'}:rank_one",
+        "dir": str(tmp_path),
+        "local": {"tasks": 2},
+    }
+    (tmp_path / "two.yaml").write_text(json.dumps(described))
+    command = [sys.executable, "-m", "chainrun", "run", str(tmp_path / "two.yaml"), "--interrupt-at", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        "".join(path.read_text() for path in RunDir(tmp_path / "two").logs(rank)) for rank in (0, 1)
+    )
+    assert "`scale`" not in first
+    assert "rank 1: warning: the variable `scale` in rank_one() was 1.4" in second
+
+
+def test_what_is_told_is_small_and_takes_little_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large values a sample is looked at; out of time, what was not looked at is not told."""
+
+    def large(run: Any, DataLoader: Any) -> int:
+        many, table = [float(n) for n in range(200_000)], torch.zeros(300_000)
+        run.register(model=torch.nn.Linear(1, 1))
+        for _ in run.steps(STEPS):
+            many.append(1.0)
+            table.add_(1.0)
+        return len(many) + len(table)
+
+    assert (
+        "`many` in large() (200003 items then, 200000 items here), `table` in large()" in told(large, (3,))[0]
+    )
+    cut(large, (3,), dir=tmp_path)
+    (file,) = tmp_path.glob("checkpoints/*/witness*")
+    assert file.stat().st_size < 10_000
+    monkeypatch.setattr(variables_lost, "SECONDS", 0.0)
+    assert told(large, (3,)) == []
+
+
+def test_code_of_other_versions_of_python_is_read_by_its_names() -> None:
+    """A loop's reads and writes, a name written whole by a method or a slice, a function called by its name."""
+
+    def code(y: Any, z: Any, out: Any) -> Any:
+        for x in out:
+            y.clear()
+            z[:] = x
+            out = x + y
+        return out
+
+    def live(gives: bool | None) -> set[str]:
+        keys = {("local", name) for name in ("x", "y", "z", "out")}
+        (loop,) = (step for step in liveness.read(code.__code__) if step.name == "FOR_ITER")
+        found = liveness.Code({}, keys).live(code.__code__, loop.at, gives=gives)
+        return {name for _, name in found}
+
+    assert live(False) == {"out"}
+    assert live(True) == set()
+    assert live(None) == {"out"}
