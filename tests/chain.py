@@ -108,7 +108,7 @@ class PlainRun:
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
         self.lines: list[dict[str, Any]] = []
-        self.global_step = self.epoch = self.boundaries = 0
+        self.global_step = self.epoch = self._boundaries = 0
         self.resumed = False
 
     def register(self, **objects: Any) -> None:
@@ -126,13 +126,13 @@ class PlainRun:
                 self.step()
 
     def step(self, **metrics: Any) -> None:
-        self.boundaries += 1
+        self._boundaries += 1
         self.global_step += 1
         if metrics:
             self.log(**metrics)
 
     def poll(self) -> None:
-        self.boundaries += 1
+        self._boundaries += 1
 
     def save(self) -> None:
         pass
@@ -174,7 +174,7 @@ def plain(train: Train) -> Trained:
     run = PlainRun()
     seed()
     result = train(run, _loader(torch.utils.data.DataLoader))
-    return Trained(json.loads(json.dumps(run.lines)), result, random_state(), boundaries=run.boundaries)
+    return Trained(json.loads(json.dumps(run.lines)), result, random_state(), boundaries=run._boundaries)
 
 
 def steps_of(trained: Trained) -> int:
@@ -335,7 +335,7 @@ def cut_everywhere(train: Train, *, least: int = 1) -> Trained:
     return reference
 
 
-def sweep_boundaries(train: Train, boundaries: int) -> Trained:
+def sweep_boundaries(train: Train, boundaries: int, **options: bool) -> Trained:
     """As `sweep`, for cuts at every boundary, steps and polls; one cut a chain, and one at every boundary."""
     reference = plain(train)
     for after in [*((n,) for n in range(1, boundaries + 1)), (1,) * boundaries]:
@@ -344,5 +344,5 @@ def sweep_boundaries(train: Train, boundaries: int) -> Trained:
         assert difference is None, f"cut after {after} boundaries: {difference}"
         assert lost(trained) == []
         assert trained.segments > 1
-    whole(train, polls=True)
+    whole(train, polls=True, **options)
     return reference

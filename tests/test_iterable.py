@@ -516,7 +516,7 @@ def test_data_that_repeats_its_draws_and_not_its_items_is_refused_at_resume(opti
 
 def test_paths_and_objects_are_not_taken_for_items_that_changed() -> None:
     """A path of the job's own scratch folder, or an object, does not refuse a resume of the same data."""
-    jobs = iter(range(10))
+    jobs = itertools.count()
 
     class Files(data.IterableDataset):
         def __init__(self) -> None:

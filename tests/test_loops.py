@@ -19,6 +19,7 @@ from chain import (
     marks,
     metrics,
     plain,
+    steps_of,
     sweep,
     sweep_boundaries,
     whole,
@@ -364,7 +365,7 @@ def test_break_out_of_epochs_and_steps() -> None:
     """Early stopping leaves the ranges; what follows them is trained exactly."""
 
     def train(run: Any, DataLoader: Any) -> str:
-        t = Tools(run, DataLoader)
+        t = Tools(run, DataLoader, n=12)
         for epoch in run.epochs(9):
             for x in t.loader:
                 t.learn(x)
@@ -383,7 +384,7 @@ def test_break_out_of_epochs_and_steps() -> None:
         return t.result()
 
     reference = plain(train)
-    for cuts in [*((at,) for at in range(1, 13)), range(1, 13)]:
+    for cuts in [*((at,) for at in range(1, 22)), range(1, 22)]:
         trained = cut(train, cuts)
         assert (cuts, reference.difference(trained)) == (cuts, None)
     whole(train, waits=True)
@@ -433,7 +434,7 @@ def test_poll_in_an_evaluation_inside_the_training_loop() -> None:
                 run.log(total=total, used=x[0].sum())
         return t.result()
 
-    sweep_boundaries(train, 17)
+    sweep_boundaries(train, 17, waits=True)
 
 
 def test_nested_loaders_wait_for_the_outer_one(tmp_path: Path) -> None:
@@ -863,6 +864,114 @@ def test_draws_after_an_iterator_is_made() -> None:
     for cuts in [*((at,) for at in range(1, 12)), range(1, 12)]:
         assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
     whole(train, waits=True)
+
+
+def renewed(run: Any, t: Tools, other: Any) -> None:
+    for _ in run.epochs(4):
+        held = iter(other)
+        noise = torch.rand(3)
+        for x in t.loader:
+            t.learn(x[0] + noise)
+            t.step()
+            run.log(more=next(held)[0].sum())
+
+
+def renewed_late(run: Any, t: Tools, other: Any) -> None:
+    for _ in run.epochs(3):
+        for x in t.loader:
+            t.learn(x[0])
+            t.step()
+        held = iter(other)
+        for _ in run.steps(3):
+            t.learn(next(held))
+            t.step()
+
+
+def renewed_when_used(run: Any, t: Tools, other: Any) -> None:
+    for epoch in run.epochs(4):
+        if epoch % 2 == 0:
+            held = iter(other)
+        for x in t.loader:
+            t.learn(x[0] + (next(held)[0][0] if epoch % 2 == 0 else 0))
+            t.step()
+
+
+def kept(run: Any, t: Tools, other: Any) -> None:
+    held = None
+    for _ in run.epochs(3):
+        for x in t.loader:
+            t.learn(x[0])
+            t.step()
+            if held is None:
+                held = iter(other)
+            t.learn(next(held)[0])
+
+
+def begun_late(run: Any, t: Tools, other: Any) -> None:
+    def endless() -> Any:
+        while True:
+            yield from other
+
+    batches = endless()
+    for _ in run.epochs(3):
+        for x in t.loader:
+            t.learn(x[0])
+            t.step()
+        run.log(more=next(batches)[0].sum())
+
+
+def kept_and_seldom_used(run: Any, t: Tools, other: Any) -> None:
+    held = None
+    for epoch in run.epochs(4):
+        if held is None:
+            held = iter(other)
+        for x in t.loader:
+            t.learn(x[0] + (next(held)[0][0] if epoch % 2 == 0 else 0))
+            t.step()
+
+
+def kept_by_an_object(run: Any, t: Tools, other: Any) -> None:
+    for _ in run.epochs(3):
+        for x in t.loader:
+            t.learn(x[0])
+            t.step()
+        t.held = iter(other)  # type: ignore[attr-defined]
+        next(t.held)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("loop", [renewed, renewed_late, kept, begun_late])
+def test_an_iterator_that_outlives_the_turn_that_made_it(loop: Any) -> None:
+    """Whether later turns go on with it or make their own is seen by what they do, and by what they read."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(40), batch_size=2, shuffle=True)
+        run.register(other=other)
+        loop(run, t, other)
+        return t.result()
+
+    reference = plain(train)
+    every = range(1, steps_of(reference) + 1)
+    for cuts in [*((at,) for at in every), every]:
+        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+    whole(train, waits=True)
+
+
+@pytest.mark.parametrize("loop", [renewed_when_used, kept_and_seldom_used, kept_by_an_object])
+def test_an_iterator_of_which_nothing_tells_if_it_is_used_again_is_refused(loop: Any) -> None:
+    """A resumed function asks for one in either case: uncut it is refused too, in the second turn."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(40), batch_size=2, shuffle=True)
+        run.register(other=other)
+        loop(run, t, other)
+
+    for cuts in [(), (4,)]:
+        with pytest.raises(
+            RegisterError, match=r"made in an earlier turn .* Make it before the range begins"
+        ):
+            cut(train, cuts)
 
 
 def saving_after_epochs(run: Any, DataLoader: Any) -> str:

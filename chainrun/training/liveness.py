@@ -244,6 +244,19 @@ class Code:
         return read_, written
 
 
+def live_in(
+    code: Code, where: list[types.FrameType], gives: bool | None = None, around_gives: bool = False
+) -> dict[types.FrameType, Keys]:
+    """Return what the code that follows reads before it writes it, for each frame, given from inside out."""
+    live: dict[types.FrameType, Keys] = {}
+    after: Keys = frozenset()
+    for frame in reversed(where):  # from outside in: what is read when the inner one has returned
+        free = {*frame.f_code.co_freevars}
+        ends_with = frozenset(key for key in after if key[0] != "local" or key[1] in free)
+        after = live[frame] = code.live(frame.f_code, frame.f_lasti, ends_with, gives, around_gives)
+    return live
+
+
 def place_of(steps: list[Step], at: int) -> int:
     """Return the place of the instruction at an offset, which may lie in its cache."""
     return max(place for place, step in enumerate(steps) if step.at <= max(at, 0))

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from chainrun.training import clocks, variables
 from chainrun.training.held import ATOMS, Kept, Place, frames, functions_of
-from chainrun.training.liveness import Code, Key, Keys
+from chainrun.training.liveness import Code, Key, Keys, live_in
 
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
 MOST = 300  # variables noted
@@ -209,7 +209,7 @@ class Variables:
             ("local", name) for name in aliases
         }
         code = Code(functions, keys)
-        live = _live(code, where, gives, around_gives)
+        live = live_in(code, where, gives, around_gives)
         measured = clocks.measured({*(f.f_code for f in where), *itertools.chain(*functions.values())})
         found = []
         for name, (noted, now) in differ.items():
@@ -225,19 +225,6 @@ class Variables:
             if _is_read(place, own, live, same):
                 found.append(Loss(name, place, now))
         return found
-
-
-def _live(
-    code: Code, where: list[types.FrameType], gives: bool | None, around_gives: bool
-) -> dict[types.FrameType, Keys]:
-    """Return what the code that follows reads before it writes it, for each frame."""
-    live: dict[types.FrameType, Keys] = {}
-    after: Keys = frozenset()
-    for frame in reversed(where):  # from outside in: what is read when the inner one has returned
-        free = {*frame.f_code.co_freevars}
-        ends_with = frozenset(key for key in after if key[0] != "local" or key[1] in free)
-        after = live[frame] = code.live(frame.f_code, frame.f_lasti, ends_with, gives, around_gives)
-    return live
 
 
 def _is_made_once(place: Place, now: str, changed: bool | None) -> bool:

@@ -295,6 +295,10 @@ class OnePass:
             self.chain.workers = {}
         self.chain.position.end(self._mark, exhausted=exhausted)
 
+    def goes_on(self) -> bool | None:
+        """Whether the code that follows will ask it for more, None where that cannot be seen."""
+        return wrapped.goes_on(self.iterator())
+
     @property
     def processes(self) -> list[Any]:
         """Its workers."""

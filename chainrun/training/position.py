@@ -48,6 +48,8 @@ class Pass:
     early: bool = True  # no boundary was passed between its begin and its last batch
     begun: dict[str, Any] | None = None  # random state after the ``iter()`` of that line
     line: Scope | None = None  # where the walk comes to the line that began it; None inside a loader's loop
+    outlived: bool = False  # the turn of a range in which it began is over, and a variable holds it still
+    goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
     stands_in: bool = (
         False  # skipped, for a later pass of the same variable, which is taken up after the walk
     )
@@ -93,6 +95,13 @@ class Position:
             {} if target is None else {p["loop"]: p for p in target["running"]}
         )
         self._go_on, self._random_state, self._set_random_state = go_on, random_state, set_random_state
+        # what is known of loops of which a turn of a range holds an iterator beyond its end: that a later turn goes
+        # on with it, or that it makes a new one
+        self._kept: set[str] = set() if target is None else {*target.get("kept", ())}
+        self._renewed: set[str] = set() if target is None else {*target.get("renewed", ())}
+        self._unsettled = (
+            0  # such an iterator of which neither is known: boundaries since its turn was over, and 1
+        )
         self.over = False  # the segment ends: what ends with it does not count
         self.walking = target is not None
         self.boundaries = 0  # passed by this process, the walk's not counted
@@ -107,7 +116,10 @@ class Position:
         """
         self._tick += 1
         if loop in self._running:
-            self.end(self._running[loop], exhausted=False)
+            if self._is_unsettled(self._running[loop]):
+                self._is_renewed(self._running[loop])
+            else:
+                self.end(self._running[loop], exhausted=False)
         scope = self._scopes[-1]
         outer = scope.inherited.get(loop)
         if outer is not None:  # a variable of an outer scope is given a new pass: it counts there
@@ -136,6 +148,8 @@ class Position:
             del self._waiting[new.loop]
             new.boundaries, new.begun = -1, waiting["begun"]  # it has passed some in an earlier process
             new.held = waiting["held"]
+            if self.walking and new.line is not None:
+                new.line = self._scopes[-1]  # not the line of another pass that the variable held before
             if (
                 not self.walking and not inherited
             ):  # the function made it in a place that it has not come to again
@@ -214,6 +228,14 @@ class Position:
             RegisterError: the function holds a batch that a resumed one could not have.
         """
         self._tick += 1
+        if running.outlived:
+            if running.loop in self._renewed:
+                raise RegisterError(
+                    f"the iterator over '{running.loop}' that an earlier turn made is used, although other turns made "
+                    "a new one; a resumed function could not tell which. Make it before the range begins, or anew in "
+                    "every turn that uses it"
+                )
+            self._kept.add(running.loop)
         if running.advanced is None and running.boundaries >= 0:
             running.held = running.by_hand
         elif running.held and not running.by_hand:
@@ -264,9 +286,45 @@ class Position:
     def pop(self) -> None:
         """It is over. A pass that began inside and is still held counts as the next turn's first."""
         self._scopes.pop()
-        for held in self._running.values():
-            if held.home == len(self._scopes):
-                held.ordinal = 1
+        self._outlive(len(self._scopes))
+
+    def turn(self) -> None:
+        """A turn of a `steps` range is over; the range goes on."""
+        self._outlive(len(self._scopes) - 1)
+
+    def _outlive(self, home: int) -> None:
+        for held in [*self._running.values()]:
+            if held.home == home and held.loop not in ("epochs", "steps"):
+                held.ordinal, held.outlived = 1, True
+                if held.loop in self._renewed:
+                    self._is_renewed(held)
+                if self._is_unsettled(held):
+                    self._unsettled = 1
+
+    def _is_unsettled(self, one: Pass) -> bool:
+        """Whether nothing tells yet if later turns go on with it: no variable of a resumed function holds it."""
+        return one.outlived and one.loop not in self._kept and one.loop not in self._renewed
+
+    def _is_renewed(self, one: Pass) -> None:
+        """Each turn that uses such an iterator makes its own: this one is of no use any more."""
+        self._renewed.add(one.loop)
+        del self._running[one.loop]
+        for scope in self._scopes:
+            scope.inherited.pop(one.loop, None)
+
+    def _settle(self) -> Pass | None:
+        """See by the code that follows what becomes of such iterators; return one of which that is not seen."""
+        for one in [*self._running.values()]:
+            if self._is_unsettled(one):
+                goes_on = one.goes_on()
+                if goes_on is None:
+                    return one
+                if goes_on:
+                    self._kept.add(one.loop)
+                else:
+                    self._is_renewed(one)
+        self._unsettled = 0
+        return None
 
     @property
     def inside(self) -> str | None:
@@ -279,7 +337,19 @@ class Position:
         """A boundary is reached; return whether it is one that the function really passes.
 
         During the walk it is not, and the one at which the checkpoint was taken is where the walk ends.
+
+        Raises:
+            RegisterError: a turn that is over made an iterator, and nothing tells if this one is to go on with it.
         """
+        if self._unsettled and (one := self._settle()):
+            self._unsettled += 1
+            if self._unsettled > 2:
+                raise RegisterError(
+                    f"an iterator over '{one.loop}' was made in an earlier turn of run.{self.inside}() and may be used in "
+                    "a later one: a resumed function would have none, and nothing tells whether it then makes a new one "
+                    "for want of this one, or would have made one anyway. Make it before the range begins, or anew in "
+                    "every turn, or go over the loader with a for loop"
+                )
         scope = self._scopes[-1]
         scope.boundaries += 1
         for each in self._scopes:
@@ -334,6 +404,8 @@ class Position:
         that batch again. The capture waits until the inner loop has ended.
         """
         since = head.began if head else self._scopes[-1].began
+        if self._unsettled and (one := self._settle()):
+            return one.loop  # this turn will tell before its second boundary
         for other in self._running.values():
             if other is head or other.loop in ("epochs", "steps") or other.advanced is None:
                 continue
@@ -355,6 +427,8 @@ class Position:
         held = [p for p in self._running.values() if self._is_only_held(p)]
         return {
             "owner": owner,
+            "kept": sorted(self._kept),
+            "renewed": sorted(self._renewed),
             "scopes": [
                 {
                     "passes": dict(s.passes),

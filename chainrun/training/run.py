@@ -319,6 +319,7 @@ class Run:
                 yield index
                 if self.global_step == before:
                     self.step()
+                self._position.turn()
             self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
             self._at_head(mark)
             exhausted = True

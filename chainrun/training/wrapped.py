@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from chainrun.errors import RegisterError
-from chainrun.training.variables import locals_of
+from chainrun.training.held import functions_of
+from chainrun.training.liveness import Code, live_in
+from chainrun.training.variables import locals_of, users_frames
 
 _DEPTH = 6
 _REMEMBER: dict[type, str] = {
@@ -72,8 +74,38 @@ def _inner(one: Any) -> Any:
     return one.__reduce__()[1][0]
 
 
+def goes_on(iterator: Any) -> bool | None:
+    """Whether the code that follows will ask it for more, as far as the variables tell that hold it.
+
+    Returns:
+        False where none of them is read before it is written; True where one is that no loop around this place writes
+        again; None where neither can be said, as of what an attribute or a list holds.
+    """
+    _, known, alone = _holders(iterator)
+    where = users_frames(inspect.currentframe())
+    holding = [
+        (frame, name)
+        for frame in where
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        for name, value in locals_of(frame).items()
+        if id(value) in known
+    ]
+    code = Code(functions_of(where), {("local", name) for _, name in holding})
+    live = live_in(code, where)
+    read = [(frame, name) for frame, name in holding if ("local", name) in live[frame]]
+    if not read:
+        return False if alone else None
+    return all(not code.writes_again(frame.f_code, frame.f_lasti, name) for frame, name in read) or None
+
+
 def _look(iterator: Any) -> tuple[list[Any], bool]:
     """Return what stands around an iterator, and whether nothing else holds any of that, or the iterator."""
+    found, known, alone = _holders(iterator)
+    return found, alone and not _is_in_a_variable(known)
+
+
+def _holders(iterator: Any) -> tuple[list[Any], set[int], bool]:
+    """Return what stands around an iterator, the ids of all that, and whether nothing but variables holds any of it."""
     found: list[Any] = []
     alone = True
     seen = {id(iterator)}
@@ -96,7 +128,7 @@ def _look(iterator: Any) -> tuple[list[Any], bool]:
         found += (one for one in outer if type(one) is not tuple)  # zip and map hold one
         known += outer
         level = outer
-    return found, alone and not _is_in_a_variable({id(one) for one in known})
+    return found, {id(one) for one in known}, alone
 
 
 def _is_in_a_variable(known: set[int]) -> bool:
