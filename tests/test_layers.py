@@ -22,6 +22,7 @@ LAYERS = [
             "experiment",
             "function",
             "project",
+            "owned",
             "snapshot",
             "shipped",
             "sweep",

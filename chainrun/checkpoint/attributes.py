@@ -1,4 +1,5 @@
-"""What a module keeps beside its state_dict: plain attributes, and buffers that are not persistent.
+"""What a module keeps beside its state_dict: plain attributes, those of the user's objects in it, and buffers that are
+not persistent.
 
 Saved is what has changed since the module was registered. Contents are compared: what writes through ``.data`` or
 a NumPy view leaves no other trace.
@@ -8,29 +9,33 @@ from __future__ import annotations
 
 import marshal
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from chainrun.checkpoint import state
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.sharded import map_tensors
 from chainrun.errors import RegisterError
+from chainrun.owned import is_users_own
 
 _SCALARS = (bool, int, float, str, type(None))
 _CONTAINERS = (list, tuple, dict, OrderedDict, Counter, set)
 _WIDTH = 4096  # a longer container is state only if it holds numbers and strings alone
 _TORCHS_OWN = vars(torch.nn.Module()).keys() - {"training"}
+_DEPTH = 3  # how deep the user's objects are followed
 _ABSENT: Any = object()
+_OTHER: Any = object()  # what is no state
 
 
 class _Built:
     """What a place held when the module was registered."""
 
     def __init__(self, value: Any) -> None:
-        self.mark = _mark(value)
+        self.mark = _mark(_plain(value))
         # a tensor may be large; a list costs nothing that its mark does not
         self._object: Callable[[], Any] = (
             weakref.ref(value) if isinstance(value, torch.Tensor) else lambda: value
@@ -46,6 +51,48 @@ def _mark(value: Any) -> bytes | str:
         return marshal.dumps(value, 2)  # later versions tell equal objects from shared ones
     except ValueError:
         return fingerprint(value)
+
+
+def _kind_of(value: Any) -> list[Any] | None:
+    """Return what a value is that a checkpoint holds as something else, with what it takes to make it again."""
+    if type(value) is deque:
+        return ["deque", value.maxlen]
+    if type(value) is np.ndarray:
+        return ["array"]
+    return ["number"] if isinstance(value, np.generic) else None
+
+
+def _plain(value: Any) -> Any:
+    """Return what a checkpoint holds in a value's place: of a deque a list, of an array a tensor."""
+    kind = _kind_of(value)
+    if kind is None:
+        return value
+    if kind[0] == "deque":
+        return list(value)
+    try:
+        return torch.from_numpy(np.array(value))
+    except (TypeError, ValueError):  # of strings, dates, objects
+        return _OTHER
+
+
+def _made(kind: list[Any] | None, plain: Any) -> Any:
+    """Return the value of that kind."""
+    if kind is None:
+        return plain
+    if kind[0] == "deque":
+        return deque(plain, kind[1])
+    return plain.numpy() if kind[0] == "array" else plain.numpy()[()]
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether it is an object of the user's without a state_dict of its own."""
+    kind = type(value)
+    return (
+        is_users_own(kind)
+        and not issubclass(kind, (torch.nn.Module, torch.Tensor, torch.optim.Optimizer, type))
+        and not hasattr(kind, "state_dict")
+        and type(getattr(value, "__dict__", None)) is dict
+    )
 
 
 def _is_state(value: Any, depth: int = 8) -> bool:
@@ -72,8 +119,9 @@ def _can_be_saved(value: Any) -> bool:
 class Attributes:
     """The attributes of a module and of all in it that its state_dict() leaves out.
 
-    State are numbers, strings, None and tensors, and lists, tuples, dicts and sets of them; whether a parameter
-    requires_grad; and buffers that are not persistent.
+    State are numbers, strings, None, tensors and arrays, and lists, tuples, dicts, sets and deques of them, also in
+    objects of the user's; whether a parameter requires_grad; and buffers that are not persistent. An object that has
+    got a file or the like since it was built is left alone: its other attributes may tell that it has.
 
     Args:
         module: just built, and not yet restored.
@@ -82,47 +130,77 @@ class Attributes:
 
     def __init__(self, module: torch.nn.Module, but: str) -> None:
         self._module, self._but = module, but
-        self._built = {path: _Built(value) for path, value in self._all()}
+        built = dict(self._all())
+        self._others = {path for path, value in built.items() if value is _OTHER}
+        self._built = {path: _Built(value) for path, value in built.items() if value is not _OTHER}
 
     def _all(self) -> Iterator[tuple[str, Any]]:
+        seen: set[int] = set()
         for path, module in self._module.named_modules(remove_duplicate=False):
             for name, value in vars(module).items():
-                if name not in _TORCHS_OWN and name != self._but and _is_state(value):
-                    yield f"{path}.{name}", value
+                if name not in _TORCHS_OWN and name != self._but:
+                    found = self._in_object(f"{path}.{name}", value, _DEPTH, seen)
+                    yield from (
+                        (place, one) for place, one in found if one is not _OTHER or place != f"{path}.{name}"
+                    )
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     yield f"{path}.{name}.requires_grad", parameter.requires_grad
             for name in sorted(module._non_persistent_buffers_set):
                 yield f"{path}.{name}", module._buffers.get(name)
 
+    def _in_object(self, path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
+        if _is_state(_plain(value)):
+            yield path, value
+        elif not depth or not _is_followed(value):
+            yield path, _OTHER
+        elif id(value) not in seen:
+            seen.add(id(value))
+            for name, inner in list(vars(value).items()):
+                yield from self._in_object(f"{path}.{name}", inner, depth - 1, seen)
+
+    def _here(self) -> dict[str, Any]:
+        """Return the values that may be state, by their places."""
+        found = dict(self._all())
+        opened = {path for path, value in found.items() if value is _OTHER and path not in self._others}
+        left_alone = {path.rpartition(".")[0] for path in opened}
+        return {
+            path: value
+            for path, value in found.items()
+            if value is not _OTHER and path.rpartition(".")[0] not in left_alone
+        }
+
     def changed(self) -> dict[str, Any]:
         """Return what is not as it was, by its place; where another object has come; the kinds of device."""
         values: dict[str, Any] = {}
-        replaced, devices = [], {}
-        for path, value in self._all():
-            built = self._built.get(path)
-            if (built is not None and built.mark == _mark(value)) or not _can_be_saved(value):
+        replaced, devices, kinds = [], {}, {}
+        for path, value in self._here().items():
+            built, plain = self._built.get(path), _plain(value)
+            if (built is not None and built.mark == _mark(plain)) or not _can_be_saved(plain):
                 continue
             # an activation that is kept: its value, without what it was computed from
-            values[path] = map_tensors(value, (), lambda _, t: t if t.is_leaf else t.detach())
+            values[path] = map_tensors(plain, (), lambda _, t: t if t.is_leaf else t.detach())
             if built is None or built.is_replaced_by(value):
                 replaced.append(path)
-            devices[path] = _device_of(value).type
-        return {"values": values, "replaced": replaced, "devices": devices}
+            devices[path] = _device_of(plain).type
+            if kind := _kind_of(value):
+                kinds[path] = kind
+        return {"values": values, "replaced": replaced, "devices": devices, "kinds": kinds}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Set what `changed` returned, and what had not changed then to what it was when this one was built."""
-        here = dict(self._all())
+        here = self._here()
         for path, value in saved["values"].items():
             live = here.get(path, _ABSENT)
             placed = self._placed(value, live, saved["devices"][path])
+            placed = _made(saved.get("kinds", {}).get(path), placed)
             self._set(path, _ABSENT if path in saved["replaced"] else live, placed)
         for path, live in here.items():
             built = self._built.get(path)
             if path in saved["values"] or built is None or isinstance(built.mark, str):
                 continue  # one with tensors in it may share their memory with a weight, and is left
-            if built.mark != _mark(live):
-                self._set(path, live, marshal.loads(built.mark))
+            if built.mark != _mark(_plain(live)):
+                self._set(path, live, _made(_kind_of(live), marshal.loads(built.mark)))
 
     def _set(self, path: str, live: Any, value: Any) -> None:
         """Set an attribute, in place where `live` may be known to others too."""
@@ -130,6 +208,11 @@ class Attributes:
         if alike and isinstance(value, torch.Tensor) and _fits(live, value):
             with torch.no_grad():
                 live.copy_(value)  # it may be a view
+        elif alike and isinstance(value, np.ndarray) and _fits(live, value) and live.flags.writeable:
+            live[...] = value
+        elif alike and isinstance(value, deque) and live.maxlen == value.maxlen:
+            live.clear()
+            live.extend(value)
         elif alike and isinstance(value, (dict, list)):
             state.refill(live, value)
         elif alike and isinstance(value, set):
@@ -139,8 +222,9 @@ class Attributes:
             where, _, name = path.rpartition(".")
             owner: Any = self._module
             for part in where.strip(".").split("."):
-                owner = getattr(owner, part) if part else owner
-            setattr(owner, name, value)
+                owner = getattr(owner, part, None) if part else owner
+            if owner is not None:  # an object that the training makes is made by it again
+                setattr(owner, name, value)
 
     def _placed(self, value: Any, live: Any, kind: str) -> Any:
         """Return a copy of a value, its tensors on the device where they were."""
@@ -156,8 +240,10 @@ class Attributes:
         return map_tensors(state.copied(value), (), moved)
 
 
-def _fits(live: torch.Tensor, value: torch.Tensor) -> bool:
-    return (live.shape, live.dtype, live.layout) == (value.shape, value.dtype, value.layout)
+def _fits(live: Any, value: Any) -> bool:
+    """Whether a tensor, or an array, has room for another one's content."""
+    layouts = [getattr(one, "layout", None) for one in (live, value)]
+    return (live.shape, live.dtype) == (value.shape, value.dtype) and layouts[0] == layouts[1]
 
 
 def _device_of(value: Any) -> torch.device:

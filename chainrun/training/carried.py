@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import types
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -18,18 +17,13 @@ import numpy as np
 import torch
 
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.owned import FOREIGN
 from chainrun.training import rng
 
 Carrier: TypeAlias = Any  # a generator, or an object with state_dict and load_state_dict
 
 _LEAVES = (int, float, complex, str, bytes, type(None), type, torch.Tensor, np.ndarray)
 _DEPTH, _WIDTH = 6, 64  # how deep attributes are followed; longer containers hold data, not generators
-FOREIGN = {
-    *sys.stdlib_module_names,
-    "torch",
-    "numpy",
-    "chainrun",
-}  # code that keeps no generator of the user's
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
 
 

@@ -22,8 +22,8 @@ import torch
 
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RestoreError
+from chainrun.owned import FOREIGN, is_users_own
 from chainrun.training import carried, rng
-from chainrun.training.variables import is_users_own
 
 LARGE = 64 * 1024  # bytes of one attribute, above which it is data rather than state
 _NUMBERS = (bool, int, float, type(None))
@@ -171,7 +171,7 @@ def _is_followed(kind: Any) -> bool:
 
 @functools.cache
 def _is_installed(kind: Any) -> bool:
-    return kind.__module__.partition(".")[0] not in {*carried.FOREIGN, "builtins"}
+    return kind.__module__.partition(".")[0] not in {*FOREIGN, "builtins"}
 
 
 # ---- values ----------------------------------------------------------------------------------------------

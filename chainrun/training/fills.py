@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from chainrun.checkpoint.bits import fingerprint
+from chainrun.owned import is_users_own
 from chainrun.training import carried
 from chainrun.training.contents import Contents, is_large_container, sample, without_folders
-from chainrun.training.variables import is_users_own
 
 _ENTRIES = ("__getitem__", "__getitems__", "__call__", "forward")  # what torch's loader calls
 _CHANGE = {

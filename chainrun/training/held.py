@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from chainrun.owned import FOREIGN, is_users_module, is_users_own
 from chainrun.training import clocks, rng, variables
-from chainrun.training.carried import FOREIGN
 from chainrun.training.liveness import PROPERTY
 from chainrun.training.variables import NoMark
 
@@ -141,7 +141,7 @@ class Kept(variables.Held):
             yield from ((f".{n}", v) for n, v in fields(value) if not n.startswith("__"))
 
     def _is_own(self, kind: type) -> bool:
-        return variables.is_users_own(kind) or (_top(kind) == self._package and _top(kind) not in FOREIGN)
+        return is_users_own(kind) or (_top(kind) == self._package and _top(kind) not in FOREIGN)
 
 
 def _top(kind: type) -> str:
@@ -227,9 +227,7 @@ def frames(frame: types.FrameType | None, outside: set[types.CodeType]) -> tuple
 def _is_frame_of(frame: types.FrameType, package: str) -> bool:
     name = str(frame.f_globals.get("__name__"))
     module = sys.modules.get(name)
-    return name.partition(".")[0] == package or (
-        type(module) is types.ModuleType and variables.is_users_module(module)
-    )
+    return name.partition(".")[0] == package or (type(module) is types.ModuleType and is_users_module(module))
 
 
 def functions_of(frames: list[types.FrameType]) -> dict[str, list[types.CodeType]]:
@@ -238,11 +236,7 @@ def functions_of(frames: list[types.FrameType]) -> dict[str, list[types.CodeType
     seen: set[int] = set()
     for module in variables.users_modules(frames):
         for value in list(vars(module).values()):
-            kinds = (
-                [one for one in value.__mro__ if variables.is_users_own(one)]
-                if isinstance(value, type)
-                else []
-            )
+            kinds = [one for one in value.__mro__ if is_users_own(one)] if isinstance(value, type) else []
             for each in [value, *(member for kind in kinds for member in vars(kind).values())]:
                 if id(each) not in seen:
                     seen.add(id(each))

@@ -12,20 +12,17 @@ import collections
 import dis
 import inspect
 import itertools
-import os
 import sys
-import sysconfig
 import types
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
+from chainrun.owned import FOREIGN, is_users_module, is_users_own, top
 from chainrun.training import rng
-from chainrun.training.carried import FOREIGN
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -118,7 +115,7 @@ def users_frames(frame: types.FrameType | None) -> list[types.FrameType]:
     """Return the frames of the user's code, from `frame` outwards to the call of the training function."""
     found = []
     while frame is not None and frame.f_globals.get("__name__") != "chainrun.segment":
-        if _top(frame.f_globals.get("__name__")) not in FOREIGN:
+        if top(frame.f_globals.get("__name__")) not in FOREIGN:
             found.append(frame)
         frame = frame.f_back
     return found
@@ -140,18 +137,6 @@ def users_modules(frames: list[types.FrameType]) -> list[types.ModuleType]:
             if used is not None and is_users_module(used):
                 todo.append(used.__name__)
     return list(found.values())
-
-
-def is_users_module(module: types.ModuleType) -> bool:
-    file = vars(module).get("__file__")
-    if not isinstance(file, str) or _top(vars(module).get("__name__")) in FOREIGN:
-        return False
-    installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
-    return not installed and not file.startswith(sysconfig.get_paths()["stdlib"] + os.sep)
-
-
-def _top(module: Any) -> str:
-    return str(module or "builtins").partition(".")[0]
 
 
 def locals_of(frame: types.FrameType) -> dict[str, Any]:
@@ -197,12 +182,6 @@ def _functions(code: types.CodeType, names: dict[str, Any]) -> Iterator[types.Fu
                 each = each.__func__  # noqa: PLW2901
             if type(each) is types.FunctionType and is_users_own(each):
                 yield each
-
-
-def is_users_own(thing: Any) -> bool:
-    """Whether a class or a function is of the user's own code, neither installed nor Python's."""
-    name = thing.__module__
-    return type(name) is str and name in sys.modules and is_users_module(sys.modules[name])
 
 
 class Held:
@@ -290,7 +269,7 @@ class Held:
             yield from ((f".{n}", v) for n, v in list(own["_modules"].items()))
         elif (
             kind in RECORDS
-            or _top(kind.__module__) not in FOREIGN
+            or top(kind.__module__) not in FOREIGN
             or issubclass(kind, (torch.utils.data.Dataset, torch.utils.data.DataLoader))
         ):
             own = object.__getattribute__(value, "__dict__")

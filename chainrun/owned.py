@@ -1,0 +1,32 @@
+"""Whose code something is: the user's own, installed, or Python's."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+import types
+from pathlib import Path
+from typing import Any
+
+FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "chainrun"}
+"""Packages whose objects keep no state of the user's."""
+
+
+def top(module: Any) -> str:
+    """Return the name of the package that a module of this name is in."""
+    return str(module or "builtins").partition(".")[0]
+
+
+def is_users_module(module: types.ModuleType) -> bool:
+    file = vars(module).get("__file__")
+    if not isinstance(file, str) or top(vars(module).get("__name__")) in FOREIGN:
+        return False
+    installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
+    return not installed and not file.startswith(sysconfig.get_paths()["stdlib"] + os.sep)
+
+
+def is_users_own(thing: Any) -> bool:
+    """Whether a class or a function is of the user's own code, neither installed nor Python's."""
+    name = thing.__module__
+    return type(name) is str and name in sys.modules and is_users_module(sys.modules[name])
