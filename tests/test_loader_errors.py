@@ -15,7 +15,7 @@ class Corrupt(torch.utils.data.Dataset[Any]):
     """Its items 6 and 13 cannot be read."""
 
     def __len__(self) -> int:
-        return 30
+        return 80
 
     def __getitem__(self, index: int) -> Any:
         draw = torch.rand(())

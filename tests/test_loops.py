@@ -945,7 +945,7 @@ def test_an_iterator_that_outlives_the_turn_that_made_it(loop: Any) -> None:
 
     def train(run: Any, DataLoader: Any) -> str:
         t = Tools(run, DataLoader)
-        other = DataLoader(items(40), batch_size=2, shuffle=True)
+        other = DataLoader(items(400), batch_size=2, shuffle=True)
         run.register(other=other)
         loop(run, t, other)
         return t.result()

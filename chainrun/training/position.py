@@ -137,6 +137,7 @@ class Position:
             self._running[loop] = new
         elif waiting and waiting["held"] and waiting["home"] == new.home:
             new.ordinal, new.held, new.stands_in = waiting["ordinal"], True, True
+            new.line = None  # the pass that it stands in for was begun elsewhere
             self._running[loop] = new
         return what, new
 
