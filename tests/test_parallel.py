@@ -47,21 +47,39 @@ def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str
     assert len(list(tmp_path.glob("*/trace.*"))) == (7 if WHOLE else 5) * ranks
 
 
+ALONE = """
+import sys, torch, chainrun, pytest
+from chainrun.errors import RegisterError
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+run = chainrun.Run(sys.argv[1] + ".run")
+"""
+
+
+def alone(tmp_path: Path, code: str) -> None:
+    """Run code on one rank whose model is wrapped."""
+    env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALONE + code, str(tmp_path / "meet")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_uneven_inputs_are_refused(tmp_path: Path) -> None:
     """Inside model.join() the ranks pass different numbers of boundaries: the first step says so."""
-    env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    code = (
-        "import torch, chainrun, pytest\n"
-        "from chainrun.errors import RegisterError\n"
-        "torch.distributed.init_process_group('gloo', init_method='file://' + __import__('sys').argv[1],"
-        " rank=0, world_size=1)\n"
-        "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))\n"
-        "run = chainrun.Run(__import__('sys').argv[1] + '.run')\n"
+    alone(
+        tmp_path,
         "run.register(model=model)\n"
         "with model.join(), pytest.raises(RegisterError, match='inside model.join'):\n"
         "    model(torch.ones(1, 1)).mean().backward()\n"
-        "    run.step()\n"
+        "    run.step()\n",
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "meet")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+
+
+def test_a_wrapper_of_a_torch_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """When it is registered, by the name of what it does not have."""
+    alone(
+        tmp_path,
+        "del torch.nn.parallel.DistributedDataParallel._ddp_init_helper\n"
+        "with pytest.raises(RegisterError, match='has no _ddp_init_helper: .* use a torch'):\n"
+        "    run.register(model=model)\n",
+    )

@@ -17,6 +17,22 @@ import torch
 import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from chainrun.errors import RegisterError
+
+# of torch's own, none of them public
+_OF_WRAPPER = (
+    *("_build_params_for_reducer", "_ddp_init_helper", "_build_debug_param_to_name_mapping"),
+    *("_has_rebuilt_buckets", "_comm_hooks", "require_forward_param_sync", "static_graph", "mixed_precision"),
+)
+_OF_REDUCER = (
+    *(
+        "_rebuild_buckets",
+        "_get_zeros_like_grad_buckets",
+        "_remove_autograd_hooks",
+        "_push_all_rebuilt_params",
+    ),
+)
+
 _known: WeakKeyDictionary[DistributedDataParallel, list[torch.Tensor]] = WeakKeyDictionary()
 
 
@@ -51,6 +67,16 @@ def restore(module: torch.nn.Module, saved: list[dict[str, Any]]) -> None:
             ddp.require_forward_param_sync = entry["sync"]
 
 
+def check(module: torch.nn.Module) -> None:
+    """Refuse wrappers of a torch that is not known.
+
+    Raises:
+        RegisterError: there is one around the module or a part of it.
+    """
+    for _ in _wrappers(module):
+        pass
+
+
 def is_static(module: torch.nn.Module) -> bool:
     """Whether a wrapper was told that its graph never changes: it finds its order only in its second backward."""
     return any(ddp.static_graph for ddp in _wrappers(module))
@@ -64,10 +90,27 @@ def _wrappers(module: torch.nn.Module) -> Iterator[DistributedDataParallel]:
     found: list[tuple[list[int], int, DistributedDataParallel]] = []
     for thing in gc.get_objects():  # nothing that belongs to the module knows its wrapper
         if issubclass(type(thing), DistributedDataParallel) and hasattr(thing, "reducer"):
+            _refuse_unknown(thing)
             mine = [places.get(id(p), -1) for p in _parameters(thing)[0]]
             if mine and -1 not in mine:
                 found.append((mine, len(found), thing))
     yield from (thing for *_, thing in sorted(found))
+
+
+def _refuse_unknown(ddp: DistributedDataParallel) -> None:
+    """Refuse a wrapper of a torch that keeps its buckets otherwise.
+
+    Raises:
+        RegisterError: names what it does not have.
+    """
+    missing = [name for name in _OF_WRAPPER if not hasattr(ddp, name)]
+    missing += [name for name in _OF_REDUCER if not hasattr(ddp.reducer, name)]
+    if missing:
+        raise RegisterError(
+            f"the DistributedDataParallel of torch {torch.__version__} has no {missing[0]}: this version of chainrun "
+            "does not know in which order it sums gradients, and a resume would round them otherwise; use a torch of "
+            "those that the README names, or a newer chainrun"
+        )
 
 
 def _parameters(ddp: DistributedDataParallel) -> tuple[list[Any], list[bool]]:

@@ -65,6 +65,7 @@ class _Module:
         vars(self._module)[_MARK] = _Mark(name)
         sharded.note(self._module)
         self._attributes = Attributes(self._module, but=_MARK)
+        buckets.check(self._module)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
