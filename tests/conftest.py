@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 
 from slurm_cluster import running, slurm_cluster  # noqa: F401 fixtures
@@ -21,13 +20,6 @@ def pytest_collection_finish(session):
     """Put what importing has made out of the garbage collector's sight: looks through all objects are then quick."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_sessionfinish(session):
-    """End loader workers that a failed test has left: they ignore the signal with which Python would end them."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -650,6 +653,23 @@ def test_two_passes_at_the_same_time_are_refused() -> None:
 
     with pytest.raises(RegisterError, match="two passes over the loader 'loader'"):
         cut(train)
+
+
+HELD = """
+import sys, torch, chainrun
+run = chainrun.Run(sys.argv[1])
+loader = chainrun.DataLoader(torch.arange(40.0), batch_size=2, num_workers=2)
+run.register(loader=loader)
+held = iter(loader)
+print(next(held).tolist())
+"""
+
+
+def test_a_program_ends_although_a_variable_holds_an_iterator_with_workers(tmp_path: Path) -> None:
+    """They ignore the signal with which Python ends them, and are not waited for."""
+    command = [sys.executable, "-c", HELD, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[0.0, 1.0]\n", "")
 
 
 # ---- what data set and collate function keep in attributes ----------------------------------------------

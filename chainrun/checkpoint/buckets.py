@@ -108,8 +108,8 @@ def _refuse_unknown(ddp: DistributedDataParallel) -> None:
     if missing:
         raise RegisterError(
             f"the DistributedDataParallel of torch {torch.__version__} has no {missing[0]}: this version of chainrun "
-            "does not know in which order it sums gradients, and a resume would round them otherwise; use a torch of "
-            "those that the README names, or a newer chainrun"
+            "does not know in which order it sums gradients, and a resume would round them otherwise; use torch 2.11 to "
+            "2.15, or a newer chainrun"
         )
 
 

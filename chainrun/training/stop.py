@@ -7,10 +7,13 @@ happens on the training path.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing.util
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,6 +64,24 @@ def kill(workers: list[Any]) -> None:
             worker.join()
     finally:
         signal.signal(signal.SIGCHLD, handler)
+
+
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def kill_at_exit(workers: list[Any]) -> None:
+    """Have loader workers ended with this process, in which a variable may hold their iterator to the last."""
+    _workers.update(workers)
+
+
+def _kill_left() -> None:
+    here = [worker for worker in _workers if worker._parent_pid == os.getpid()]
+    kill([worker for worker in here if worker.is_alive()])
+
+
+# before what multiprocessing has registered, which waits for them for ever
+assert multiprocessing.util
+atexit.register(_kill_left)
 
 
 @dataclass(frozen=True)
