@@ -12,6 +12,8 @@ from typing import Any
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "chainrun"}
 """Packages whose objects keep no state of the user's."""
 
+_PYTHONS = sysconfig.get_paths()["stdlib"] + os.sep
+
 
 def top(module: Any) -> str:
     """Return the name of the package that a module of this name is in."""
@@ -23,7 +25,7 @@ def is_users_module(module: types.ModuleType) -> bool:
     if not isinstance(file, str) or top(vars(module).get("__name__")) in FOREIGN:
         return False
     installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
-    return not installed and not file.startswith(sysconfig.get_paths()["stdlib"] + os.sep)
+    return not installed and not file.startswith(_PYTHONS)
 
 
 def is_users_own(thing: Any) -> bool:

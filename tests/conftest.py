@@ -22,6 +22,13 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """Likewise what the tests of a file have left."""
+    if nextitem is not None and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter):
     """After `make exact`: what was compared."""
     file = os.environ.get("CHAINRUN_EXACT", "")
