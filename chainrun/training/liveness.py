@@ -10,6 +10,7 @@ A key is a pair of ``local``, ``global`` or ``attribute`` (of any object) and a 
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import re
 import types
@@ -65,6 +66,7 @@ class Step(NamedTuple):
     """The lambda or comprehension that it loads."""
 
 
+@functools.lru_cache(1024)
 def read(code: types.CodeType) -> list[Step]:
     """Return the instructions of some code; they go on at places in this list."""
     listed = list(dis.get_instructions(code))
@@ -136,15 +138,9 @@ class Code:
 
     def __init__(self, functions: dict[str, list[types.CodeType]], keys: Iterable[Key]) -> None:
         self._functions, self._keys = functions, frozenset(keys)
-        self._read: dict[types.CodeType, list[Step]] = {}
         self._known: dict[str, tuple[Keys, Keys]] = {}
         unnamed = [self._of_call(name)[0] for name in _UNNAMED if name in functions]
         self._everywhere = frozenset(key for keys in unnamed for key in keys if key[0] != "local")
-
-    def steps(self, code: types.CodeType) -> list[Step]:
-        if code not in self._read:
-            self._read[code] = read(code)
-        return self._read[code]
 
     def live(
         self,
@@ -161,7 +157,7 @@ class Code:
             gives: where that instruction asks a loop for its next turn: whether there is one, None for unknown.
             around_gives: whether the loop around that one has another turn for sure.
         """
-        steps, ways = self.steps(code), []
+        steps, ways = read(code), []
         place = place_of(steps, at)
         ways = list(steps[place].goes_on)
         if steps[place].name == "FOR_ITER" and gives is not None and len(ways) == 2:
@@ -180,7 +176,7 @@ class Code:
 
     def writes_again(self, code: types.CodeType, at: int, name: str) -> bool:
         """Whether a loop around the instruction at an offset writes a local variable."""
-        steps = self.steps(code)
+        steps = read(code)
         place = place_of(steps, at)
         inside = _reached(steps, place) & _reached(_backwards(steps), place)
         written = {key for each in inside for what, key in steps[each].effects if what == "write"}
@@ -190,21 +186,31 @@ class Code:
         self, code: types.CodeType, ends_with: Keys, fixed: dict[int, Keys] | None = None
     ) -> list[Keys]:
         """Return what is live before each instruction; that of some is known."""
-        steps = self.steps(code)
+        steps = read(code)
         cells = {*code.co_cellvars, *code.co_freevars}
         found: list[Keys] = [_NONE] * len(steps)
+        matters = [self._matters(step) for step in steps]
         changed = True
         while changed:
             changed = False
             for place in range(len(steps) - 1, -1, -1):
-                after = [ends_with if way is None else found[way] for way in steps[place].goes_on]
-                live = after[0].union(*after[1:]) if after else _NONE
-                live = self._before(steps[place], live, cells)
+                live = _NONE
+                for way in steps[place].goes_on:
+                    after = ends_with if way is None else found[way]
+                    live = live | after if live else after
+                if matters[place]:
+                    live = self._before(steps[place], live, cells)
                 if fixed and place in fixed:
                     live = fixed[place]
                 if live != found[place]:
                     found[place], changed = live, True
         return found
+
+    def _matters(self, step: Step) -> bool:
+        """Whether it does anything with one of the names, or calls what may."""
+        return step.inner is not None or any(
+            key[1] in self._functions if what == "call" else key in self._keys for what, key in step.effects
+        )
 
     def _before(self, step: Step, live: Keys, cells: set[str]) -> Keys:
         if step.inner is not None:
