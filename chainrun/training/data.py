@@ -276,7 +276,6 @@ class Chain:
             self._stands_in = True
             return Skipped(self)
         self._pass = OnePass(self, mark)
-        mark.goes_on = self._pass.goes_on
         if what == "resume":
             self._pass.resume()
             self.position.resumed(mark)

@@ -281,6 +281,11 @@ class OnePass:
         else:
             self.handed_out += 1  # its indices are used
 
+    def hand_out(self, iterator: Callable[[], Any]) -> None:
+        """Note what the function gets, of which nothing here may keep it alive."""
+        self.iterator = iterator
+        self._mark.goes_on = lambda: wrapped.goes_on(iterator())
+
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""
         if not self.running:
@@ -294,10 +299,6 @@ class OnePass:
         if not self.chain.persistent:
             self.chain.workers = {}
         self.chain.position.end(self._mark, exhausted=exhausted)
-
-    def goes_on(self) -> bool | None:
-        """Whether the code that follows will ask it for more, None where that cannot be seen."""
-        return wrapped.goes_on(self.iterator())
 
     @property
     def processes(self) -> list[Any]:
@@ -339,7 +340,7 @@ class Batches(Iterator[Any]):
 
     def __init__(self, one_pass: OnePass) -> None:
         self._pass = one_pass
-        one_pass.iterator = weakref.ref(self)
+        one_pass.hand_out(weakref.ref(self))
 
     def __next__(self) -> Any:
         caller = sys._getframe(1)  # zip, enumerate and the like have no frame: it is the loop around them
