@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,8 +38,11 @@ SWITCHES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
 
 @pytest.fixture(autouse=True)
 def _switched_back() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    threads, variables, path = torch.get_num_threads(), dict(os.environ), [*sys.path]
     yield
+    os.environ.clear()
+    os.environ.update(variables)  # a segment sets RANK and its kin
+    sys.path[:] = path
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
@@ -70,8 +75,8 @@ def test_another_commit_is_named_and_another_host_is_not() -> None:
 
 def test_a_resumed_segment_says_what_has_changed(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """In its log and in the journal; the training goes on. Without a change it says nothing."""
-    (tmp_path / "train.py").write_text("def train(run):\n    for _ in run.steps(6):\n        pass\n")
-    described = from_dict({"name": "e", "function": f"{tmp_path}/train.py:train", "dir": "."}, tmp_path)
+    (tmp_path / "drifting.py").write_text("def train(run):\n    for _ in run.steps(6):\n        pass\n")
+    described = from_dict({"name": "e", "function": f"{tmp_path}/drifting.py:train", "dir": "."}, tmp_path)
     run = RunDir(tmp_path / "e")
     submit.create(run, described, None, None)
 

@@ -738,9 +738,9 @@ class Ranks:
 
     def gather(self, value: object) -> list | None:
         self._shared[self.rank] = value
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         found = [self._shared[rank] for rank in range(2)]
-        self._barrier.wait(10)
+        self._barrier.wait(60)
         return found if self.rank == 0 else None
 
     def broadcast(self, value: object) -> object:
