@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import multiprocessing
 import random
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chain import WHOLE, cut, cut_everywhere, digest, marks, plain, sweep
+from chain import WHOLE, Segment, cut, cut_everywhere, digest, marks, plain, sweep
 from torch.utils import data
 
 import chainrun
@@ -670,6 +673,21 @@ def test_a_program_ends_although_a_variable_holds_an_iterator_with_workers(tmp_p
     command = [sys.executable, "-c", HELD, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[0.0, 1.0]\n", "")
+
+
+def test_workers_of_an_iterator_that_is_collected_from_a_cycle_are_not_waited_for(tmp_path: Path) -> None:
+    """As that of a training whose error somebody keeps: torch cannot tell them to end any more."""
+    with Segment(tmp_path) as run:
+        loader = chainrun.DataLoader(Noisy(), num_workers=2)
+        run.register(loader=loader)
+        held: list[Any] = [iter(loader)]
+        next(held[0])
+        workers = multiprocessing.active_children()
+        held.append(held)
+        run._loaders["loader"]._pass = run._loaders["loader"]._inner = None
+        del held
+        gc.collect()
+        assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2
 
 
 # ---- what data set and collate function keep in attributes ----------------------------------------------

@@ -43,7 +43,7 @@ from chainrun.training.one_pass import (
 )
 from chainrun.training.position import Pass as Mark
 from chainrun.training.position import Position
-from chainrun.training.stop import kill_at_exit
+from chainrun.training.stop import end_with
 from chainrun.training.worker import Collate, Counter, InitWorker, Items
 
 T = TypeVar("T")
@@ -331,7 +331,7 @@ class Chain:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             batches = iter(self._inner)
-        kill_at_exit(getattr(batches, "_workers", []))
+        end_with(batches)
         if loader.num_workers == 0:
             self.sampler.stream.repeat()
             if self.turns and again is None:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -69,19 +69,27 @@ def kill(workers: list[Any]) -> None:
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def kill_at_exit(workers: list[Any]) -> None:
-    """Have loader workers ended with this process, in which a variable may hold their iterator to the last."""
+def end_with(iterator: Any) -> None:
+    """Have the workers of torch's iterator ended where torch itself does not get that far.
+
+    One that a variable holds to the last is never told to end them. One that is collected from a cycle, as of an
+    exception and its traceback, has lost the threads that would tell them, and waits 5 seconds for each in vain.
+    """
+    workers = list(getattr(iterator, "_workers", ()))
     _workers.update(workers)
+    weakref.finalize(iterator, _kill_living, workers).atexit = False
 
 
-def _kill_left() -> None:
-    here = [worker for worker in _workers if worker._parent_pid == os.getpid()]
-    kill([worker for worker in here if worker.is_alive()])
+def _kill_living(workers: Iterable[Any]) -> None:
+    mine = [
+        worker for worker in workers if worker._parent_pid == os.getpid()
+    ]  # not those of a forked child's parent
+    kill([worker for worker in mine if worker.is_alive()])
 
 
-# before what multiprocessing has registered, which waits for them for ever
+# before what multiprocessing has registered, which sends its children a signal that they ignore and waits for them
 assert multiprocessing.util
-atexit.register(_kill_left)
+atexit.register(_kill_living, _workers)
 
 
 @dataclass(frozen=True)
