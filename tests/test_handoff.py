@@ -222,7 +222,13 @@ def test_scancel_ends_a_chain_in_every_phase_and_submit_goes_on(cluster, start, 
     """While it waits, imports, saves or hands over: nothing starts again by itself, and what goes on is exact."""
     hand = 'if [ "$1" = requeue ]; then /usr/bin/scancel $2; sleep 5; fi; exec /usr/bin/scontrol "$@"'
     waits = start("waits", slurm={"extra": {"hold": True}})
-    imports = start("imports", "--jobs=3")
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    once = "import pathlib, time\nfirst = pathlib.Path(__file__ + '.first')\n"
+    (slow / "sitecustomize.py").write_text(
+        f"{once}if not first.exists():\n    first.touch()\n    time.sleep(9)\n"
+    )
+    imports = start("imports", "--jobs=3", slurm={"setup": [f"export PYTHONPATH={slow}:$PYTHONPATH"]})
     cluster.wait_job(jobs_of(imports)[0], {"RUNNING"}, 30)
     cluster.run("scancel", jobs_of(imports)[0])
     cluster.run("scancel", jobs_of(waits)[0])

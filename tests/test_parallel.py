@@ -80,6 +80,6 @@ def test_a_wrapper_of_a_torch_that_is_not_known_is_refused(tmp_path: Path) -> No
     alone(
         tmp_path,
         "del torch.nn.parallel.DistributedDataParallel._ddp_init_helper\n"
-        "with pytest.raises(RegisterError, match='has no _ddp_init_helper: .* use a torch'):\n"
+        "with pytest.raises(RegisterError, match='has no _ddp_init_helper: .* use torch 2'):\n"
         "    run.register(model=model)\n",
     )

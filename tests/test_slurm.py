@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -81,10 +82,13 @@ def plain(folder: Path, epochs: int, ranks: int = 1) -> Path:
     trace = folder / "plain"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     processes = []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     for rank in range(ranks):
         if ranks > 1:
             environment |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-            environment |= {"MASTER_PORT": str(20000 + os.getpid() % 20000)}
+            environment |= {"MASTER_PORT": str(port)}
         command = [sys.executable, str(PROGRAMS / "plain.py"), str(trace), str(epochs)]
         processes.append(subprocess.Popen(command, env=dict(environment)))
     assert [process.wait(120) for process in processes] == [0] * ranks

@@ -736,15 +736,19 @@ class Ranks:
     def __init__(self, rank: int, shared: dict, barrier: threading.Barrier) -> None:
         self.rank, self.world_size, self._shared, self._barrier = rank, 2, shared, barrier
 
-    def gather(self, value: object) -> list | None:
+    def _of_all(self, value: object) -> list:
         self._shared[self.rank] = value
         self._barrier.wait(60)
         found = [self._shared[rank] for rank in range(2)]
         self._barrier.wait(60)
+        return found
+
+    def gather(self, value: object) -> list | None:
+        found = self._of_all(value)
         return found if self.rank == 0 else None
 
     def broadcast(self, value: object) -> object:
-        return (self.gather(value), self._shared[0])[1]
+        return self._of_all(value)[0]
 
 
 def save_by_two(store: Store, step: int, trees: list[dict]) -> list[object]:
