@@ -920,6 +920,18 @@ def begun_late(run: Any, t: Tools, other: Any) -> None:
         run.log(more=next(batches)[0].sum())
 
 
+def left_over(run: Any, t: Tools, other: Any) -> None:
+    for _ in run.epochs(1):
+        t.held = iter(other)  # type: ignore[attr-defined]
+        for x in t.loader:
+            t.learn(x[0] + next(t.held)[0][0])  # type: ignore[attr-defined]
+            t.step()
+    for _ in range(3):
+        for x in t.loader:
+            t.learn(x[0])
+            t.step()
+
+
 def kept_and_seldom_used(run: Any, t: Tools, other: Any) -> None:
     held = None
     for epoch in run.epochs(4):
@@ -939,7 +951,7 @@ def kept_by_an_object(run: Any, t: Tools, other: Any) -> None:
         next(t.held)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("loop", [renewed, renewed_late, kept, begun_late])
+@pytest.mark.parametrize("loop", [renewed, renewed_late, kept, begun_late, left_over])
 def test_an_iterator_that_outlives_the_turn_that_made_it(loop: Any) -> None:
     """Whether later turns go on with it or make their own is seen by what they do, and by what they read."""
 

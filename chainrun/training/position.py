@@ -48,7 +48,8 @@ class Pass:
     early: bool = True  # no boundary was passed between its begin and its last batch
     begun: dict[str, Any] | None = None  # random state after the ``iter()`` of that line
     line: Scope | None = None  # where the walk comes to the line that began it; None inside a loader's loop
-    outlived: bool = False  # the turn of a range in which it began is over, and a variable holds it still
+    range: str | None = None  # ``epochs`` or ``steps``, in a turn of which it counts
+    outlived: bool = False  # that turn is over, and a variable holds it still
     goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
     stands_in: bool = (
         False  # skipped, for a later pass of the same variable, which is taken up after the walk
@@ -131,6 +132,7 @@ class Position:
             new = Pass(loop, len(self._scopes) - 1, scope.passes[loop], self._tick, self.boundaries)
         if new.line is None and not self._in_a_loop():
             new.line = scope
+        new.range = self._scopes[new.home].loop
         what = self._what(new, inherited=outer is not None)
         waiting = self._waiting.get(loop)
         if what != "skip":
@@ -304,7 +306,8 @@ class Position:
 
     def _is_unsettled(self, one: Pass) -> bool:
         """Whether nothing tells yet if later turns go on with it: no variable of a resumed function holds it."""
-        return one.outlived and one.loop not in self._kept and one.loop not in self._renewed
+        known = one.loop in self._kept or one.loop in self._renewed
+        return one.outlived and one.range in self._running and not known
 
     def _is_renewed(self, one: Pass) -> None:
         """Each turn that uses such an iterator makes its own: this one is of no use any more."""
