@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 
 from slurm_cluster import running, slurm_cluster  # noqa: F401 fixtures
 
@@ -25,7 +26,9 @@ def pytest_collection_finish(session):
 def pytest_runtest_teardown(item, nextitem):
     """Likewise what the tests of a file have left."""
     if nextitem is not None and nextitem.path != item.path:
-        gc.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files and processes that tests have left open
+            gc.collect()
         gc.freeze()
 
 

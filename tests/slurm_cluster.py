@@ -22,6 +22,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "cluster"
 PROGRAMS = ("slurmctld", "slurmd", "munged", "gcc")
+# as it was before any test: what runs beside tests does not see what those set
+ENVIRONMENT = {"RES_OPTIONS": "timeout:1", **os.environ}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 
@@ -40,7 +42,7 @@ class Cluster:
         self.dir = Path(folder)
         self.conf = Path(conf)
         outer = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_")
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+        inherited = {key: value for key, value in ENVIRONMENT.items() if not key.startswith(outer)}
         self.env = {**inherited, "SLURM_CONF": conf, **({"PATH": path} if path else {})}
 
     @classmethod

@@ -40,8 +40,9 @@ SWITCHES: dict[str, Callable[[pytest.MonkeyPatch], Any]] = {
 def _switched_back() -> Iterator[None]:
     threads, variables, path = torch.get_num_threads(), dict(os.environ), [*sys.path]
     yield
-    os.environ.clear()
-    os.environ.update(variables)  # a segment sets RANK and its kin
+    for name in os.environ.keys() - variables.keys():
+        del os.environ[name]  # a segment sets RANK and its kin
+    os.environ.update(variables)
     sys.path[:] = path
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)

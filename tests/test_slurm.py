@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, beside
+from slurm_cluster import ENVIRONMENT, Cluster, beside
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import fingerprint
@@ -80,7 +79,7 @@ class Chain:
 def plain(folder: Path, epochs: int, ranks: int = 1) -> Path:
     """Run the plain program without interruption; return where its trace is."""
     trace = folder / "plain"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("SLURM_")}
     processes = []
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
