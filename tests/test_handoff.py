@@ -182,6 +182,8 @@ def test_budgets_bad_nodes_and_held_jobs(cluster, start, reference):
     policy = {"max_node_hours": 0.001, "max_gpu_hours": 5}
     budget = start("budget", chain=policy, args={"trouble": {**WARNED, "after": 25}})
     frail = {"partition": "frail"}
+    # so that SLURM chooses n3 until both chains keep away from it
+    cluster.run("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=the others first")
     every = {"every": {"steps": 1}}
     trouble = {"trouble": {"how": "raised", "after": 3, "node": "n3"}}
     raises = start("raises", slurm=frail, checkpoint=every, chain={"retry_errors": 9}, args=trouble)
@@ -207,7 +209,10 @@ def test_budgets_bad_nodes_and_held_jobs(cluster, start, reference):
     cluster.wait_job(jobs_of(budget)[0])  # its last seconds
     budget.command(*words)
     for chain in (raises, killed):
-        chain.wait_done(150)
+        chain.wait(lambda chain=chain: chain.events("exclude"), 150, "two failures on n3")
+    cluster.run("scontrol", "update", "NodeName=n4", "State=RESUME")
+    for chain in (raises, killed):
+        chain.wait_done(90)
         assert_same(chain, reference)
         excluded = chain.events("exclude")
         assert [(event["node"], event["failures"]) for event in excluded] == [("n3", 2)]
