@@ -8,6 +8,7 @@ checkpoint was taken was changed by the training, and a resumed one has to do wi
 from __future__ import annotations
 
 import dis
+import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -117,9 +118,20 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
             yield from _codes(const)
 
 
+def _one_by_one(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Yield the instructions; those of two variables, from Python 3.13, as two."""
+    for step in dis.get_instructions(code):
+        parts = re.findall("LOAD_FAST_BORROW|LOAD_FAST|STORE_FAST", step.opname)
+        if len(parts) < 2:
+            yield step
+            continue
+        for part, name in zip(parts, step.argval, strict=True):
+            yield step._replace(opname=part, opcode=dis.opmap[part], arg=0, argval=name)
+
+
 def _changed_in(code: types.CodeType) -> Iterator[str]:
     """Yield the names of attributes that code sets, or puts items into."""
-    steps = list(dis.get_instructions(code))
+    steps = list(_one_by_one(code))
     aliases: dict[str, str] = {}  # variables that hold an attribute's value
     for place, step in enumerate(steps):
         before = steps[place - 1] if place else None
@@ -152,7 +164,5 @@ def _name(steps: list[dis.Instruction], place: int, aliases: dict[str, str]) -> 
     step = steps[max(place, 0)]
     if step.opname == "LOAD_ATTR":
         yield str(step.argval)
-    elif step.opname.startswith("LOAD_FAST"):
-        name = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
-        if name in aliases:
-            yield aliases[name]
+    elif step.opname.startswith("LOAD_FAST") and step.argval in aliases:
+        yield aliases[step.argval]

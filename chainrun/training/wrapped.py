@@ -114,11 +114,15 @@ def _holders(iterator: Any) -> tuple[list[Any], set[int], bool]:
     for depth in range(_DEPTH + 1):
         if not level:
             break
-        outer = []
-        for one in gc.get_referrers(*level):
-            if one is level or one is known or one is found or type(one) is types.FrameType:
-                continue  # this function's own; what frames hold is seen below
-            if not (issubclass(type(one), _STAND_BETWEEN) or type(one) is tuple):
+        outer: list[Any] = []
+        asked = (*level,)
+        for one in gc.get_referrers(*asked):
+            if one is asked or one is level or one is known or one is found:
+                continue  # this function's own
+            if type(one) is types.FrameType:  # what frames hold is seen below
+                # until Python 3.10 a generator's is an object of its own
+                outer += (each for each in _generators_of(one) if id(each) not in seen)
+            elif not (issubclass(type(one), _STAND_BETWEEN) or type(one) is tuple):
                 alone = False
             elif id(one) not in seen and depth < _DEPTH:
                 outer.append(one)
@@ -151,12 +155,16 @@ def _running_generators() -> Iterator[Any]:
     while frame is not None and frame.f_globals.get("__name__", "").startswith("chainrun."):
         frame = frame.f_back
     while frame is not None and frame.f_code.co_flags & inspect.CO_GENERATOR:
-        yield from (
-            one
-            for one in gc.get_referrers(frame)
-            if type(one) is types.GeneratorType and one.gi_frame is frame
-        )
+        yield from _generators_of(frame)
         frame = frame.f_back
+
+
+def _generators_of(frame: types.FrameType) -> list[Any]:
+    """Return the generator whose frame it is, if it is one's."""
+    if not frame.f_code.co_flags & inspect.CO_GENERATOR:
+        return []
+    referrers = gc.get_referrers(frame)
+    return [one for one in referrers if type(one) is types.GeneratorType and one.gi_frame is frame]
 
 
 def refuse(around: Around, iterator: Any, name: str) -> None:
