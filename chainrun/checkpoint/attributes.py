@@ -26,6 +26,10 @@ _SCALARS = (bool, int, float, str, type(None))
 _CONTAINERS = (list, tuple, dict, OrderedDict, Counter, set)
 _WIDTH = 4096  # a longer container is state only if it holds numbers and strings alone
 _TORCHS_OWN = vars(torch.nn.Module()).keys() - {"training"}
+_OPTIMIZERS_OWN = {  # and what begins with _optimizer_
+    *("defaults", "state", "param_groups", "_zero_grad_profile_name", "_opt_called"),
+    "_warned_capturable_if_run_uncaptured",
+}
 _DEPTH = 3  # how deep the user's objects are followed
 _ABSENT: Any = object()
 _OTHER: Any = object()  # what is no state
@@ -226,11 +230,14 @@ class Attributes:
             if owner is not None:  # an object that the training makes is made by it again
                 setattr(owner, name, value)
 
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return self._module.parameters()
+
     def _placed(self, value: Any, live: Any, kind: str) -> Any:
         """Return a copy of a value, its tensors on the device where they were."""
         device = _device_of(live)
         if device.type != kind:
-            mine = (t.device for t in self._module.parameters() if t.device.type == kind)
+            mine = (t.device for t in self._tensors() if t.device.type == kind)
             device = next(mine, torch.device(kind))
 
         def moved(_: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -238,6 +245,26 @@ class Attributes:
                 return tensor.to(device, copy=True).requires_grad_(tensor.requires_grad)
 
         return map_tensors(state.copied(value), (), moved)
+
+
+class OfOptimizer(Attributes):
+    """The attributes of an optimizer of somebody's own that are not torch's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer: Any = optimizer
+        super().__init__(self._optimizer, but="")
+
+    def _all(self) -> Iterator[tuple[str, Any]]:
+        seen: set[int] = set()
+        if type(self._optimizer).__module__.startswith("torch.optim"):
+            return
+        for name, value in list(vars(self._optimizer).items()):
+            if name not in _OPTIMIZERS_OWN and not name.startswith("_optimizer_"):
+                found = self._in_object(f".{name}", value, _DEPTH, seen)
+                yield from ((place, one) for place, one in found if one is not _OTHER or place != f".{name}")
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        return (tensor for group in self._optimizer.param_groups for tensor in group["params"])
 
 
 def _fits(live: Any, value: Any) -> bool:

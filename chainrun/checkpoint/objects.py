@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from chainrun.checkpoint import buckets, sharded
-from chainrun.checkpoint.attributes import Attributes
+from chainrun.checkpoint.attributes import Attributes, OfOptimizer
 from chainrun.checkpoint.gradients import Gradients
 from chainrun.checkpoint.state import copied
 from chainrun.errors import RegisterError, RestoreError
@@ -146,6 +146,7 @@ class _Optimizer:
             int, dict[str, Any]
         ] = {}  # what it has been given at `register`, by its parameters' numbers
         self.gradients = Gradients(name, lambda: self.parameters)
+        self._attributes = OfOptimizer(optimizer)
         optimizer.register_step_post_hook(lambda *_: self.gradients.mark())
 
     @property
@@ -170,11 +171,13 @@ class _Optimizer:
         """Return what the parameters' order and the algorithm are known by, and the state of optimizers inside."""
         shapes = [list(parameter.shape) for parameter in self.parameters]
         inner = {name: one.state_dict() for name, one in self._inner.items()}
-        return {"kind": type(self._optimizer).__qualname__, "shapes": shapes, "inner": inner}
+        kind = type(self._optimizer).__qualname__
+        return {"kind": kind, "shapes": shapes, "inner": inner, "attributes": self._attributes.changed()}
 
     def load_extra(self, saved: dict[str, Any]) -> None:
         self._restored = {}
         here = self.extra()
+        del here["attributes"]
         saved = {**saved, "inner": sorted(saved["inner"])} | {"states": saved["inner"]}
         here["inner"] = sorted(here["inner"])
         for key, mine in here.items():
@@ -186,6 +189,8 @@ class _Optimizer:
                 )
         for name, one in self._inner.items():
             _set_state(one, copied(saved["states"][name]))
+        if "attributes" in saved:
+            self._attributes.restore(saved["attributes"])
 
     def drives(self, thing: Any) -> bool:
         return getattr(thing, "optimizer", None) is self._optimizer

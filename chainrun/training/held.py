@@ -28,6 +28,7 @@ _CODES = 2000  # functions of the user's that are read
 ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _BY_KEY = (dict, OrderedDict, defaultdict)
 _LISTS = (list, tuple, deque)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 class Place(NamedTuple):
@@ -110,6 +111,8 @@ class Kept(variables.Held):
             return  # with what it was computed from: of this turn only
         if not clocks.is_time(value):
             super()._note(value, name, where)
+            if kind in _LISTS and value and type(value[0]) in _TENSORS:
+                self.places[name + where] = self.places[name + where]._replace(kind="Tensor")
 
     def _add(self, name: str, kind: type, register: bool, its_mark: str) -> None:
         if name not in self.places:

@@ -27,6 +27,7 @@ from chainrun.training.liveness import Code, Key, Keys, live_in
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
 MOST = 300  # variables noted
 SHOWN = 5
+_TENSORS = ("Tensor", "Parameter", "ndarray")
 _ONCE = ("None", "False", "True")
 
 Told = dict[str, list[Any]]
@@ -215,7 +216,9 @@ class Variables:
         for name, (noted, now) in differ.items():
             place, changed = places[name], noted[-1]
             own = [frame for frame in where if frame.f_code.co_name == place.function]
-            if not changed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
+            # a tensor is of no job: it was made from others, maybe from what is restored by now
+            fixed = place.kind not in _TENSORS and not changed
+            if fixed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
                 continue
             if _is_made_once(place, now, changed):
                 continue

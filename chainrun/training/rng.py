@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from chainrun.errors import RestoreError
+
 State: TypeAlias = dict[str, bytes]
 Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -215,3 +217,22 @@ class Registered:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         put(self._generator, from_tensor(state["generator"]))
+
+
+class Inside(Registered):
+    """The generators in a registered module, which draws from them."""
+
+    def __init__(self, module: str, generators: list[Generator]) -> None:
+        self._module, self._generators = module, generators
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {str(place): to_tensor(get(each)) for place, each in enumerate(self._generators)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if len(state) != len(self._generators):
+            raise RestoreError(
+                f"the module '{self._module}': {len(self._generators)} random generators were found in it, {len(state)} "
+                "when the checkpoint was taken; build it as it was then"
+            )
+        for place, each in enumerate(self._generators):
+            put(each, from_tensor(state[str(place)]))

@@ -16,7 +16,7 @@ from chainrun.checkpoint import buckets, objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, resharding, rng, witness, worker
+from chainrun.training import carried, data, resharding, rng, witness, worker
 from chainrun.training.extent import Extent
 from chainrun.training.lost import Variables
 from chainrun.training.position import Pass, Position
@@ -164,7 +164,20 @@ class Run:
                     self._load(name)  # generators come last, as all that is random
             self._registered[id(thing)] = (name, thing)
             if isinstance(thing, torch.nn.Module):
+                self._register_inside(name, thing)
                 self._size += 3 * sum(parameter.nbytes for parameter in thing.parameters())
+
+    def _register_inside(self, name: str, module: torch.nn.Module) -> None:
+        """Have the generators that a module keeps, or its code uses, among what is registered."""
+        found = [
+            one
+            for one in carried.find(*module.modules())
+            if isinstance(one, rng.GENERATORS)
+            and id(one) not in self._registered
+            and one is not torch.default_generator
+        ]
+        if found:
+            self._objects[f"{name}.generators"] = rng.Inside(name, found)
 
     def _adapt(self, name: str, thing: Any) -> objects.Stateful:
         if isinstance(thing, rng.GENERATORS):
@@ -228,7 +241,8 @@ class Run:
                 f"registered; call run.register({missing[0]}=...) before the loop"
             )
         for name in self._objects:
-            self._load(name)
+            if name in saved["objects"]:  # a module that has got a generator since then
+                self._load(name)
         objects.load_extras(self._objects, saved["extras"])
         self._load_gradients()
         lines = [line for chain in self._loaders.values() for line in chain.go_on()]
