@@ -10,7 +10,7 @@ from __future__ import annotations
 import marshal
 import weakref
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,7 @@ class Attributes:
         but: the name of attributes that are none of the user's.
     """
 
-    def __init__(self, module: torch.nn.Module, but: str) -> None:
+    def __init__(self, module: Any, but: str) -> None:
         self._module, self._but = module, but
         built = dict(self._all())
         self._others = {path for path, value in built.items() if value is _OTHER}
@@ -230,8 +230,8 @@ class Attributes:
             if owner is not None:  # an object that the training makes is made by it again
                 setattr(owner, name, value)
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        return self._module.parameters()
+    def _tensors(self) -> Iterable[torch.Tensor]:
+        return list(self._module.parameters())
 
     def _placed(self, value: Any, live: Any, kind: str) -> Any:
         """Return a copy of a value, its tensors on the device where they were."""
@@ -251,8 +251,8 @@ class OfOptimizer(Attributes):
     """The attributes of an optimizer of somebody's own that are not torch's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer: Any = optimizer
-        super().__init__(self._optimizer, but="")
+        self._optimizer = optimizer
+        super().__init__(optimizer, but="")
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
@@ -263,7 +263,7 @@ class OfOptimizer(Attributes):
                 found = self._in_object(f".{name}", value, _DEPTH, seen)
                 yield from ((place, one) for place, one in found if one is not _OTHER or place != f".{name}")
 
-    def _tensors(self) -> Iterator[torch.Tensor]:
+    def _tensors(self) -> Iterable[torch.Tensor]:
         return (tensor for group in self._optimizer.param_groups for tensor in group["params"])
 
 

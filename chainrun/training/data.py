@@ -352,10 +352,15 @@ class Chain:
     def passed(self) -> tuple[int, int, bool]:
         """Return how many batches of the pass are handed out, of how many (0: unknown), and whether it runs."""
         runs = self._pass is not None and self._pass.running
+        length = self.length()
+        return self._pass.handed_out if length and runs and self._pass else 0, length, runs
+
+    def length(self) -> int:
+        """Return the number of batches, 0 where it is unknown."""
         try:
-            return self._pass.handed_out if runs and self._pass else 0, len(self.loader), runs
+            return len(self.loader)
         except TypeError:  # an iterable data set need not know
-            return 0, 0, runs
+            return 0
 
     def close(self) -> None:
         """End the workers."""

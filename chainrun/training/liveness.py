@@ -163,7 +163,11 @@ class Code:
         if steps[place].name == "FOR_ITER" and gives is not None and len(ways) == 2:
             ways = [ways[0] if gives else ways[1]]
         entries = self._entries(code, ends_with)
-        loops = [n for n, step in enumerate(steps) if step.name == "FOR_ITER" and n < place < _exit(step)]
+        heads = [n for n, step in enumerate(steps) if step.name == "FOR_ITER"]
+        loops = [n for n in heads if n < place < _exit(steps[n])]
+        if gives and not around_gives:  # so have those in the turn that comes
+            inner = [n for n in heads if place < n < _exit(steps[place])]
+            entries = self._entries(code, ends_with, {n: entries[steps[n].goes_on[0] or 0] for n in inner})
         if loops and around_gives:  # in that turn this loop, begun anew, has turns as well
             for loop in [place] * (steps[place].name == "FOR_ITER") + loops[-1:]:
                 body = steps[loop].goes_on[0]
@@ -181,6 +185,17 @@ class Code:
         inside = _reached(steps, place) & _reached(_backwards(steps), place)
         written = {key for each in inside for what, key in steps[each].effects if what == "write"}
         return ("local", name) in written or name in _written_inside(code)
+
+    def bound_before(self, code: types.CodeType, at: int) -> set[str]:
+        """Return the local variables that may have got a value when the instruction at an offset is first come to."""
+        steps = read(code)
+        place = place_of(steps, at)
+        ways = [step._replace(goes_on=()) if n == place else step for n, step in enumerate(steps)]
+        before = ({0} | _reached(ways, 0)) & _reached(_backwards(ways), place)
+        written = {key[1] for n in before for what, key in steps[n].effects if what == "write"}
+        given = code.co_argcount + code.co_kwonlyargcount
+        given += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+        return written | {*code.co_varnames[:given], *code.co_freevars} | _written_inside(code)
 
     def _entries(
         self, code: types.CodeType, ends_with: Keys, fixed: dict[int, Keys] | None = None
@@ -266,6 +281,14 @@ def live_in(
 def place_of(steps: list[Step], at: int) -> int:
     """Return the place of the instruction at an offset, which may lie in its cache."""
     return max(place for place, step in enumerate(steps) if step.at <= max(at, 0))
+
+
+def written_in_the_loop(code: types.CodeType, at: int) -> set[str]:
+    """Return the local variables that the body of a loop writes, which asks for its next turn at an offset."""
+    steps = read(code)
+    place = place_of(steps, at)
+    body = steps[place + 1 : _exit(steps[place])]
+    return {key[1] for step in body for what, key in step.effects if what == "write" and key[0] == "local"}
 
 
 def _exit(loop: Step) -> int:

@@ -10,11 +10,12 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import carried, rng, wrapped
+from chainrun.training import carried, passed_on, rng, wrapped
 from chainrun.training.contents import without_folders
 from chainrun.training.indices import Again, Alone, Counted, Drawn, State
 from chainrun.training.iterable import Place
@@ -71,6 +72,8 @@ class OnePass:
         self.superseded = False
         self._failed = False
         self.iterator: Callable[[], Any] = lambda: None  # what the function has got
+        self._given: list[weakref.ref[torch.Tensor]] = []  # until it was looked for those who keep them
+        self._length = chain.length()  # 0 where it is not known
         self._looked = False  # for iterators around it that no cut can go on from
         self._around = wrapped.Around()
         self._counts: list[int] = []  # of each enumerate() around it, when the checkpoint was taken
@@ -206,10 +209,16 @@ class OnePass:
                 "data was left in by that error is not known to a resume. Catch the error inside the data set, and "
                 "return another item or None; or leave the loop"
             )
+        if not self.running:
+            raise StopIteration  # as an iterator says again and again; it is no place to go on from
+        if self.handed_out == self._length:
+            self._end_is_near()
         if not self._looked and self.handed_out and self._mark.boundaries != chain.position.boundaries:
             self._looked = True  # only a pass with boundaries inside is ever cut
             if chain.passes <= 2:  # the later ones are asked like these
                 wrapped.refuse(self._around, self.iterator(), chain.name)
+                passed_on.refuse_ahead(self._given, chain.name)
+            self._given = []
         chain.on_head(self._mark)
         if self._counts:
             wrapped.set_counts(self._around, self.iterator(), self._counts)
@@ -220,16 +229,25 @@ class OnePass:
         except StopIteration:
             if see is not None:
                 see(True, None)
+            self._end_is_near()
             self.leave(exhausted=True)
             raise
         if see is not None:
             see(False, batch)
+        if not self._looked:
+            self._given += passed_on.tensors_of(batch)
         if self.handed_out == 1 and self._began:
             chain.refuse_new_carriers(len(self._began[1]))
         chain.position.advance(self._mark)
         if chain.on_batch is not None:
             chain.on_batch(chain.name, batch)
         return batch
+
+    def _end_is_near(self) -> None:
+        """The loop asks for a batch, and there is none."""
+        position = self.chain.position
+        if self._mark.boundaries != position.boundaries and not position.walking and not position.over:
+            self._mark.passed_on = passed_on.to_the_code_after()
 
     def make(self) -> Any:
         """Return the next batch.

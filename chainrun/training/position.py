@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.training.passed_on import NOTHING, PassedOn
 
 Begin = Literal["fresh", "skip", "resume"]
 
@@ -51,6 +52,7 @@ class Pass:
     range: str | None = None  # ``epochs`` or ``steps``, in a turn of which it counts
     outlived: bool = False  # that turn is over, and a variable holds it still
     goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
+    passed_on: PassedOn = NOTHING  # by its end, to the code after it
     stands_in: bool = (
         False  # skipped, for a later pass of the same variable, which is taken up after the walk
     )
@@ -69,6 +71,13 @@ class Scope:
     boundaries: int = 0
     quiet: bool = True  # no boundary was passed since it began, in inner scopes neither
     ended: dict[str, Any] = field(default_factory=dict)  # by pass: the counts and the random state at its end
+    lacks: tuple[str, tuple[str, ...]] | None = (
+        None  # a loop that is over, and what a resumed turn would have no value of
+    )
+    rests: tuple[str, tuple[str, ...]] | None = (
+        None  # the same until the second boundary: what it has another value of
+    )
+    rested: bool = False  # the first one has been passed
 
 
 class Position:
@@ -274,6 +283,10 @@ class Position:
         if repeats and ended.boundaries == self.boundaries:
             scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
         else:
+            if ended.passed_on.unbound:
+                scope.lacks = (ended.loop, ended.passed_on.unbound)
+            if ended.passed_on.changed:
+                scope.rests, scope.rested = (ended.loop, ended.passed_on.changed), False
             # the code after the begin of a held iterator is gone through again; a loop's body is not
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
@@ -356,6 +369,8 @@ class Position:
                 )
         scope = self._scopes[-1]
         scope.boundaries += 1
+        if scope.rests:
+            scope.rests, scope.rested = (None, False) if scope.rested else (scope.rests, True)
         for each in self._scopes:
             each.quiet = False
         if not self.walking:
@@ -400,6 +415,23 @@ class Position:
                     "count a resume does not know; write that loop as `for step in run.steps(n):`, or go over "
                     "the loader itself"
                 )
+
+    def passed_on(self, head: Pass | None) -> tuple[str, tuple[str, ...]] | None:
+        """Return a loop that is over, or at its end, and variables that the code after it has from its body.
+
+        A turn of `epochs` that is begun again has not got them: the capture waits for the next one.
+        """
+        scope = self._scopes[-1]
+        if head is not None and head.passed_on.changed:
+            return (head.loop, head.passed_on.changed)
+        if scope.loop == "epochs" and scope.lacks:
+            return scope.lacks
+        return scope.rests if head is None and scope.loop == "epochs" else None
+
+    @property
+    def lacks(self) -> tuple[str, tuple[str, ...]] | None:
+        """The same of the function itself, for which no later turn comes."""
+        return self._scopes[0].lacks
 
     def hindrance(self, head: Pass | None) -> str | None:
         """Return the name of an outer loop that makes a capture at this head inexact, None if exact.

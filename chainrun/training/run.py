@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Run:
         self._extent = Extent()
         self._variables = Variables(self._belongings)
         self._due: Wish | None = None
-        self._deferred = False
+        self._deferred = self._told_of_lacks = False
         self._ended: Wish | None = None
         self._saved_at: tuple[int, str | None] | None = None
         self._size = 0  # bytes of the registered weights and two moments each
@@ -409,6 +409,14 @@ class Run:
                     "nothing is registered, so a checkpoint holds no weights and a resumed run begins with fresh ones; "
                     "call run.register(model=..., optimizer=...) before the loop"
                 )
+        lacks = self._position.lacks
+        if lacks is not None and not self._told_of_lacks and self.is_main:
+            self._told_of_lacks = True
+            self._warn(
+                f"the code after the loop over '{lacks[0]}' reads {_named(lacks[1])}, which only that loop gives a value: "
+                "a function that is resumed behind it goes through that code again, and fails. Write the loop around it "
+                "as `for epoch in run.epochs(n):`, or give the variable a value before it"
+            )
         if self.global_step >= self._next:
             if self.global_step in self._setting.allocation.interrupt_at:
                 self._due = Wish("stop", "interrupt")
@@ -487,6 +495,11 @@ class Run:
         loop = self._position.hindrance(head)
         if loop is not None:
             return f"the loop over '{loop}' has handed out a batch that is still in use"
+        over = self._position.passed_on(head)
+        if over is not None:
+            return (
+                f"the code after the loop over '{over[0]}' reads {_named(over[1])}, which that loop changes"
+            )
         for name, thing in self._registered.values():
             if isinstance(thing, torch.nn.Module) and sharded.unreduced(thing):
                 return f"gradients of '{name}' are still to be reduced over the ranks"
@@ -664,6 +677,10 @@ class Run:
         for chain in self._loaders.values():
             chain.close()
         self._saving.close()
+
+
+def _named(variables: Sequence[str]) -> str:
+    return " and ".join(f"`{name}`" for name in variables[:3])
 
 
 def _device(local_rank: int) -> torch.device:

@@ -1,0 +1,130 @@
+"""What a loop's body passes on in variables: to the code after the loop, or from turn to turn of a generator around it.
+
+To a resumed function a loop that is over gives nothing, so its body does not run, and a generator begins anew. Read
+from bytecode (`liveness`): where it is not sure, nothing is said.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from chainrun.errors import RegisterError
+from chainrun.owned import is_users_own
+from chainrun.training.held import functions_of
+from chainrun.training.liveness import Code, live_in, place_of, read, written_in_the_loop
+from chainrun.training.variables import locals_of, users_frames
+
+_DEPTH = 2  # containers in containers
+
+
+class PassedOn(NamedTuple):
+    """The variables that the code after a loop reads."""
+
+    unbound: tuple[str, ...] = ()
+    """Those that only the loop's body gives a value."""
+    changed: tuple[str, ...] = ()
+    """All that the body changes."""
+
+
+NOTHING = PassedOn()
+_known: dict[tuple[types.CodeType, int, frozenset[str]], PassedOn] = {}
+
+
+def to_the_code_after() -> PassedOn:
+    """Return what a loop passes on that is asking for its next turn, of which there is none."""
+    where = _frames()
+    for frame in where:
+        code = frame.f_code
+        if code.co_flags & inspect.CO_GENERATOR:
+            continue  # it is the loop around it
+        place = place_of(read(code), frame.f_lasti)
+        if read(code)[place].name != "FOR_ITER":
+            return NOTHING
+        names = frozenset(locals_of(frame))
+        key = (code, frame.f_lasti, names)
+        if key not in _known:
+            _known[key] = _passed_on(where[where.index(frame) :], names)
+        return _known[key]
+    return NOTHING
+
+
+def _passed_on(where: list[types.FrameType], names: frozenset[str]) -> PassedOn:
+    frame, at = where[0].f_code, where[0].f_lasti
+    code = Code(functions_of(where), {("local", name) for name in names})
+    live = live_in(code, where, gives=False)[where[0]]
+    read_after = sorted(name for name in names if ("local", name) in live)
+    written = written_in_the_loop(frame, at)
+    changed = tuple(name for name in read_after if name in written)
+    bound = code.bound_before(frame, at)
+    return PassedOn(tuple(name for name in changed if name not in bound), changed)
+
+
+def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:
+    """Refuse a generator around the loader `name` that holds batches for later turns.
+
+    Args:
+        given: tensors of the batches that it has got.
+
+    Raises:
+        RegisterError: there is one.
+    """
+    where = _frames()
+    alive = {id(one) for ref in given if (one := ref()) is not None}
+    for frame in where:
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:
+            return
+        values = locals_of(frame)
+        owned = {(n, a): v for n, one in values.items() for a, v in _attributes(one)}
+        keys = {("local", n) for n in values} | {("attribute", a) for _, a in owned}
+        code = Code(functions_of(where), keys)
+        live = live_in(code, where)[frame]
+        for variable, value in values.items():
+            tensors = [*_tensors(value)] if ("local", variable) in live else []
+            again = tensors and code.writes_again(frame.f_code, frame.f_lasti, variable)
+            if again or any(id(tensor) in alive for tensor in tensors):
+                _refuse(name, variable, frame)
+        for (variable, attribute), value in owned.items():
+            if ("attribute", attribute) in live and any(id(t) in alive for t in _tensors(value)):
+                _refuse(name, f"{variable}.{attribute}", frame)
+
+
+def _refuse(name: str, variable: str, frame: types.FrameType) -> None:
+    raise RegisterError(
+        f"the generator {frame.f_code.co_name}() takes batches of the loader '{name}' and keeps what it has got for "
+        f"later turns, in `{variable}`: a cut would lose that. Let it give each batch in the turn in which it takes it; "
+        "workers load ahead (num_workers=, prefetch_factor=), and a data set may shuffle"
+    )
+
+
+def _frames() -> list[types.FrameType]:
+    found = users_frames(sys._getframe(1))
+    return [frame for frame in found if frame.f_code.co_flags & inspect.CO_OPTIMIZED]
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    if is_users_own(type(value)) and not isinstance(value, torch.nn.Module):
+        own = getattr(value, "__dict__", None)
+        yield from own.items() if type(own) is dict else ()
+
+
+def tensors_of(batch: Any) -> list[weakref.ref[torch.Tensor]]:
+    """Return references to the tensors of a batch, which keep none alive."""
+    return [weakref.ref(tensor) for tensor in _tensors(batch)]
+
+
+def _tensors(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth:
+        items = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list, tuple, set, deque)):
+            for item in items:
+                yield from _tensors(item, depth - 1)
