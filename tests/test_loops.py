@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from chain import (
     cut,
     cut_everywhere,
     digest,
+    lost,
     marks,
     metrics,
     plain,
@@ -69,6 +73,193 @@ class Tools:
 
     def result(self) -> str:
         return digest(self.model.state_dict(), self.optimizer.state_dict())
+
+
+# ---- what a loop's body passes on ---------------------------------------------------------------------
+
+
+def after_the_loop(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        for x in t.loader:
+            loss = learn(t.model, t.optimizer, x)
+            run.step(loss=loss)
+        run.log(last=loss.item(), batch=x[0].sum())
+
+
+def in_a_function_of_its_own(run: Any, t: Tools) -> None:
+    def one_epoch(loader: Any) -> float:
+        for x in loader:
+            loss = learn(t.model, t.optimizer, x)
+            run.step(loss=loss)
+        return loss.item()
+
+    for _ in run.epochs(3):
+        run.log(last=one_epoch(t.loader), noise=torch.rand(()))
+
+
+def evaluated_after(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        for n, x in enumerate(t.loader):
+            t.learn(x[0] + n)
+            t.step()
+        for _ in range(4):
+            run.poll()
+        run.log(batches=n + 1, loss=t.loss)
+
+
+def evaluated_by_a_loader(run: Any, t: Tools) -> None:
+    evaluation = type(t.loader)(items(4), batch_size=1)
+    for epoch in run.epochs(3):
+        for x in t.loader:
+            value = x[0].sum()
+            t.learn(x)
+            t.step()
+        for x in evaluation:
+            value = value + x[0].sum()
+            run.poll()
+        run.log(value=value, noise=torch.rand(()) + epoch)
+
+
+def step_for_the_rest(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        kept = []
+        for x in t.loader:
+            run.state.setdefault("seen", []).append(0)
+            kept = [x]
+            t.learn(x)
+            t.step()
+        if kept:
+            t.learn(kept[0])
+            t.step()
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [after_the_loop, in_a_function_of_its_own, evaluated_after, evaluated_by_a_loader, step_for_the_rest],
+)
+def test_what_the_code_after_a_loop_reads_of_its_body(loop: Any) -> None:
+    """A cut at the loop's end waits for the next turn: a resumed function gets nothing from a loop that is over."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loop(run, t)
+        return t.result()
+
+    reference = plain(train)
+    every = range(1, steps_of(reference) + 1)
+    for cuts in [*((at,) for at in every), every]:
+        trained = cut(train, cuts)
+        assert (cuts, reference.difference(trained)) == (cuts, None)
+        assert lost(trained) == []
+    whole(train, waits=True)
+
+
+def test_what_only_a_finished_loop_gives_a_value_is_told_where_nothing_can_wait() -> None:
+    """Where a plain range is around the loop, each later cut goes through that code again; what to do is said."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in range(3):
+            for x in t.loader:
+                loss = learn(t.model, t.optimizer, x)
+                run.step(loss=loss)
+            run.log(last=loss)
+        return t.result()
+
+    def fixed(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loss = torch.zeros(())
+        for _ in range(3):
+            for x in t.loader:
+                loss = learn(t.model, t.optimizer, x)
+                run.step(loss=loss)
+            run.log(last=loss)
+        return t.result()
+
+    said = cut(train).said
+    assert not any("only that loop gives a value" in line for line in said)  # nothing was to be saved
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(UnboundLocalError, match="loss"):
+            cut(train, (5,), dir=Path(folder))
+        lines = (Path(folder) / "journal.jsonl").read_text().splitlines()
+        warned = [line for line in map(json.loads, lines) if "only that loop gives" in line.get("reason", "")]
+        assert "reads `loss`" in warned[0]["reason"]
+        assert cut(fixed, dir=Path(folder)).result == plain(train).result
+
+
+def read_ahead(loader: Any) -> Any:
+    first = True
+    for batch in loader:
+        following = [each.clone() for each in batch]  # as to a device
+        if not first:
+            yield current
+        first, current = False, following
+    yield current
+
+
+def shuffled(loader: Any) -> Any:
+    kept: list[Any] = []
+    for x in loader:
+        kept.append(x)
+        if len(kept) == 2:
+            yield kept.pop(random.randrange(2))
+    yield from kept
+
+
+class Ahead:
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.kept = loader, None
+
+    def __iter__(self) -> Any:
+        for x in self.loader:
+            if self.kept is not None:
+                yield self.kept
+            self.kept = x
+        yield self.kept
+
+
+@pytest.mark.parametrize(
+    ("around", "where"),
+    [(read_ahead, "read_ahead() .* `current`"), (shuffled, "shuffled() .* `kept`"), (Ahead, "`self.kept`")],
+)
+def test_a_generator_that_keeps_batches_for_later_turns_is_refused(around: Any, where: str) -> None:
+    """As soon as a boundary lies between two batches, though nothing is cut."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader, n=8)
+        for _ in run.epochs(2):
+            for x in around(t.loader):
+                t.learn(x)
+                t.step()
+
+    with pytest.raises(RegisterError, match=where.replace("()", r"\(\)")):
+        cut(train)
+
+
+def scaled(loader: Any) -> Any:
+    factors = [torch.ones(3), torch.full((3,), 0.5)]
+    for batch in tqdm(loader, file=io.StringIO()):
+        x = batch
+        for factor in factors:
+            x = [each * factor for each in x]
+        yield x
+
+
+def test_a_generator_that_keeps_none_is_exact() -> None:
+    """What it holds beside the batch that it gives does not matter."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for _ in run.epochs(3):
+            for x in scaled(t.loader):
+                t.learn(x)
+                t.step()
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+        return t.result()
+
+    cut_everywhere(train, least=8)
 
 
 # ---- ranges ------------------------------------------------------------------------------------------

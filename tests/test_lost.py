@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import io
 import itertools
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -119,6 +120,54 @@ def best(run: Any, DataLoader: Any) -> float:
         if loss < best_loss:
             best_loss = loss.item()
     return best_loss
+
+
+def anchored(run: Any, DataLoader: Any) -> None:
+    """To the weights before the training, which a resumed function does not see any more."""
+    model, optimizer, loader = begin(run, DataLoader)
+    anchor = [weight.detach().clone() for weight in model.parameters()]
+    for _ in run.epochs(2):
+        for batch in loader:
+            near = sum((w - a).square().sum() for w, a in zip(model.parameters(), anchor, strict=True))
+            loss = model(batch).square().mean() + near
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step()
+
+
+def best_weights(run: Any, DataLoader: Any) -> None:
+    """No dict at first: there are no keys to compare in a resumed function."""
+    model, optimizer, loader = begin(run, DataLoader)
+    kept = None
+    for _ in run.epochs(3):
+        for batch in loader:
+            update(model, optimizer, batch)
+            run.step()
+        if kept is None or model.weight.norm() < kept["weight"].norm():
+            kept = copy.deepcopy(model.state_dict())
+    model.load_state_dict(kept)
+
+
+class Turn(NamedTuple):
+    state: torch.Tensor
+    reward: float
+
+
+def replayed(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    memory: collections.deque[Turn] = collections.deque(maxlen=200)
+    for _ in run.steps(STEPS):
+        memory.extend(Turn(torch.randn(2), random.random()) for _ in range(50))
+        update(model, optimizer, torch.stack([one.state for one in random.sample(memory, 4)]))
+
+
+def big_array(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    table = np.zeros((1 << 19, 4), np.float32)
+    for _ in run.steps(STEPS):
+        table += 1.0
+        update(model, optimizer, torch.from_numpy(table[:2, :2]))
 
 
 def rate_set_once(run: Any, DataLoader: Any) -> None:
@@ -338,6 +387,10 @@ LOST = [
     (running_average, "`average` in running_average()"),
     (sum_of_the_epoch, "`total` in sum_of_the_epoch()"),
     (best, "`best_loss` in best()"),
+    (anchored, "`anchor` in anchored()"),
+    (best_weights, "`kept['weight']` in best_weights()"),
+    (replayed, "`memory` in replayed() was 150 items when the run was cut and is [] here"),
+    (big_array, "`table` in big_array()"),
     (rate_set_once, "`scale` in rate_set_once() was 0.1 when the run was cut and is 1.0 here"),
     (history, "`losses` in history()"),
     (lookahead, "`ahead.slow` in lookahead()"),
@@ -362,7 +415,7 @@ LOST = [
 @pytest.mark.parametrize(("train", "named"), LOST, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_variable_that_the_cut_loses_is_named(train: Any, named: str) -> None:
     """At every handoff, with its values where they are short."""
-    line = told(train, (7,) if train is best else (3,))[0]
+    line = told(train, (7,) if train in (best, best_weights) else (3,))[0]
     assert line.startswith("warning: ")
     assert named in line
 

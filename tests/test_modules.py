@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import pickle
+import random
 import warnings
 from typing import Any
 
@@ -433,6 +434,48 @@ def test_attributes_that_have_not_changed_are_not_saved() -> None:
     model[1](torch.ones(2, 3))[0].sum().backward()
     optimizer.step()
     assert before["values"] == adapted.extra()["attributes"]["values"] == {}
+
+
+class Drawing(nn.Module):
+    """Draws from generators of its own, and of an object in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.generator = torch.Generator().manual_seed(1)
+        self.streams = {"python": random.Random(2)}
+        self.noise = Noise()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * torch.rand(x.shape, generator=self.generator) * self.streams["python"].random()
+        made: torch.Tensor = self.layer(x) + self.noise.level()
+        return made
+
+
+class Noise:
+    def __init__(self) -> None:
+        self.stream = np.random.default_rng(3)
+
+    def level(self) -> float:
+        return float(self.stream.random())
+
+
+def test_generators_in_modules() -> None:
+    """They are random state like any other, nested modules' too."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = nn.Sequential(Drawing(), nn.ReLU(), Drawing())
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        loader = DataLoader(torch.randn(12, 4), batch_size=4, shuffle=True)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        step = updating(model, optimizer)
+        for n in run.epochs(4):
+            offset = model[0].noise.level()  # again in a turn that is begun again
+            for x in loader:
+                run.step(loss=step(n, x + offset), **marks(x, model, optimizer))
+        return digest(model.state_dict())
+
+    sweep(train, 12)
 
 
 class Schedule:

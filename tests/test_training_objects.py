@@ -465,6 +465,41 @@ class TwoSteps(torch.optim.Optimizer):
         self.zero_grad()
 
 
+class Decaying(torch.optim.Optimizer):
+    """Counts, and averages, in attributes: its state_dict() says nothing of them."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.count, self.average = 0, torch.zeros(1)
+        self.listed = [*self.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.count += 1
+        norm = sum(parameter.grad.norm() for parameter in self.listed)
+        self.average = 0.9 * self.average + norm
+        for parameter in self.listed:
+            parameter.sub_(0.1 * parameter.grad / self.count / (1 + self.average))
+
+
+def test_attributes_of_an_own_optimizer() -> None:
+    """They come back with its state."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = Decaying(model.parameters())
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
+
+
 def test_an_optimizer_inside_another_one() -> None:
     """Its momentum comes back, and a schedule of the outer one's groups goes on reaching it."""
 

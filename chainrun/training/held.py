@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from chainrun.owned import FOREIGN, is_users_module, is_users_own
@@ -207,6 +208,8 @@ def _sampled(value: Any, depth: int = _DEPTH) -> Any:
         if value.numel() > _ELEMENTS and value.is_contiguous() and not value.is_quantized:
             flat = value.detach().view(-1)
             return [list(value.shape), flat[:: flat.numel() // _ELEMENTS + 1]]
+    elif kind is np.ndarray and value.size > _ELEMENTS and value.flags.contiguous:
+        return [list(value.shape), value.reshape(-1)[:: value.size // _ELEMENTS + 1]]
     elif kind in _LISTS and depth:
         if len(value) > _ITEMS:
             step = len(value) // _ITEMS + 1

@@ -138,6 +138,8 @@ class Variables:
         found: Told = {}
         for name, place in self._look(where).places.items():
             changed = first[name] != place.mark if name in first else None
+            if changed is None and _shown(first.get(_variable_of(place), "")) == "None":
+                changed = True  # the variable has got it since then
             if changed or place.is_variable:
                 found[name] = [*place, changed]
         return dict(itertools.islice(found.items(), MOST))
@@ -149,10 +151,13 @@ class Variables:
         self._called = held.called
         for name, noted in told.items():
             now = held.places.get(name)
+            bare = held.places.get(_variable_of(Place(*noted[:-1])))
             if now is not None and now.mark != noted[2]:
                 self._differ[name] = noted, now.mark
             elif now is None and any(name.startswith(f"{giver}[") for giver in held.givers):
                 self._differ[name] = noted, ""
+            elif now is None and bare is not None and _shown(bare.mark) == "None":
+                self._differ[name] = noted, bare.mark
         values = [
             (frame, name, value)
             for frame in where
@@ -228,6 +233,11 @@ class Variables:
             if _is_read(place, own, live, same):
                 found.append(Loss(name, place, now))
         return found
+
+
+def _variable_of(place: Place) -> str:
+    """Return the name of the function's variable that leads to a value."""
+    return f"{place.base} in {place.function}()"
 
 
 def _is_made_once(place: Place, now: str, changed: bool | None) -> bool:

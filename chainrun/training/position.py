@@ -422,11 +422,13 @@ class Position:
         A turn of `epochs` that is begun again has not got them: the capture waits for the next one.
         """
         scope = self._scopes[-1]
+        if scope.loop is None and head is not None and [*self._running.values()] == [head]:
+            return (head.loop, head.passed_on.unbound) if head.passed_on.unbound else None  # what comes last
+        if scope.loop != "epochs":
+            return None
         if head is not None and head.passed_on.changed:
             return (head.loop, head.passed_on.changed)
-        if scope.loop == "epochs" and scope.lacks:
-            return scope.lacks
-        return scope.rests if head is None and scope.loop == "epochs" else None
+        return scope.lacks or (scope.rests if head is None else None)
 
     @property
     def lacks(self) -> tuple[str, tuple[str, ...]] | None:

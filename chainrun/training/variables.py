@@ -87,8 +87,8 @@ def _bytes(tree: Any, depth: int = _DEPTH) -> Iterator[bytes]:
         yield f"{tree.dtype}{tree.shape}".encode() + tree.tobytes()
     elif kind is itertools.count:
         yield repr(tree).encode()
-    elif kind in (*_DICTS, *_LISTS, *_SETS) and depth and len(tree) <= _ITEMS:
-        items: Iterable[Any] = tree
+    elif (kind in (*_DICTS, *_LISTS, *_SETS) or issubclass(kind, tuple)) and depth and len(tree) <= _ITEMS:
+        items: Iterable[Any] = tuple.__iter__(tree) if issubclass(kind, tuple) else tree
         if kind in _DICTS:
             items = itertools.chain.from_iterable(dict.items(tree))
         elif kind in _SETS:
