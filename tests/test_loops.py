@@ -188,7 +188,7 @@ def test_what_only_a_finished_loop_gives_a_value_is_told_where_nothing_can_wait(
 
 
 def read_ahead(loader: Any) -> Any:
-    first = True
+    first, current = True, None
     for batch in loader:
         following = [each.clone() for each in batch]  # as to a device
         if not first:
