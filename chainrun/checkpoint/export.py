@@ -33,7 +33,7 @@ def choose(tree: dict[str, Any], name: str | None) -> str:
     Raises:
         UsageError: there is no such object, or not just one module.
     """
-    modules = [each for each, extra in tree["extras"].items() if "attributes" in extra]
+    modules = [each for each, extra in tree["extras"].items() if "buckets" in extra]
     known = ", ".join(tree["objects"]) or "nothing"
     if name is None and len(modules) == 1:
         return str(modules[0])

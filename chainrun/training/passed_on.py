@@ -35,7 +35,7 @@ class PassedOn(NamedTuple):
 
 
 NOTHING = PassedOn()
-_known: dict[tuple[types.CodeType, int, frozenset[str]], PassedOn] = {}
+_known: dict[tuple[types.CodeType, int], PassedOn] = {}
 
 
 def to_the_code_after() -> PassedOn:
@@ -48,16 +48,16 @@ def to_the_code_after() -> PassedOn:
         place = place_of(read(code), frame.f_lasti)
         if read(code)[place].name != "FOR_ITER":
             return NOTHING
-        names = frozenset(locals_of(frame))
-        key = (code, frame.f_lasti, names)
+        key = (code, frame.f_lasti)
         if key not in _known:
-            _known[key] = _passed_on(where[where.index(frame) :], names)
+            _known[key] = _passed_on(where[where.index(frame) :])
         return _known[key]
     return NOTHING
 
 
-def _passed_on(where: list[types.FrameType], names: frozenset[str]) -> PassedOn:
+def _passed_on(where: list[types.FrameType]) -> PassedOn:
     frame, at = where[0].f_code, where[0].f_lasti
+    names = {*frame.co_varnames, *frame.co_cellvars}  # bound or not: all ranks have to find the same
     code = Code(functions_of(where), {("local", name) for name in names})
     live = live_in(code, where, gives=False)[where[0]]
     read_after = sorted(name for name in names if ("local", name) in live)
