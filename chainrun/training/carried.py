@@ -34,7 +34,7 @@ def is_stateful(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def find(*roots: Any) -> list[Carrier]:
+def find(*roots: Any, generators_only: bool = False) -> list[Carrier]:
     """Return what is reachable, in a fixed order."""
     found: list[Carrier] = []
     seen: set[int] = set()
@@ -47,7 +47,7 @@ def find(*roots: Any) -> list[Carrier]:
         if isinstance(value, rng.GENERATORS):
             found.append(value)
         else:
-            if is_stateful(value):
+            if not generators_only and is_stateful(value):
                 found.append(value)
             if depth:
                 stack.extend((child, depth - 1) for child in reversed(list(_children(value))))

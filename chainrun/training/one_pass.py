@@ -73,7 +73,9 @@ class OnePass:
         self._failed = False
         self.iterator: Callable[[], Any] = lambda: None  # what the function has got
         self._given: list[weakref.ref[torch.Tensor]] = []  # until it was looked for those who keep them
-        self._length = chain.length()  # 0 where it is not known
+        self._length = (
+            0 if chain.turns else chain.length()
+        )  # 0 where it is not known; a sampler may say it wrong
         self._looked = False  # for iterators around it that no cut can go on from
         self._around = wrapped.Around()
         self._counts: list[int] = []  # of each enumerate() around it, when the checkpoint was taken
@@ -211,7 +213,8 @@ class OnePass:
             )
         if not self.running:
             raise StopIteration  # as an iterator says again and again; it is no place to go on from
-        if self.handed_out == self._length:
+        self._mark.passed_on = passed_on.NOTHING
+        if self.handed_out and self.handed_out == self._length:
             self._end_is_near()
         if not self._looked and self.handed_out and self._mark.boundaries != chain.position.boundaries:
             self._looked = True  # only a pass with boundaries inside is ever cut

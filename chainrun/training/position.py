@@ -24,12 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training.passed_on import NOTHING, PassedOn
 
 Begin = Literal["fresh", "skip", "resume"]
+LoopsVariables: TypeAlias = tuple[str, tuple[str, ...]]
 
 
 @dataclass(eq=False)
@@ -71,12 +72,9 @@ class Scope:
     boundaries: int = 0
     quiet: bool = True  # no boundary was passed since it began, in inner scopes neither
     ended: dict[str, Any] = field(default_factory=dict)  # by pass: the counts and the random state at its end
-    lacks: tuple[str, tuple[str, ...]] | None = (
-        None  # a loop that is over, and what a resumed turn would have no value of
-    )
-    rests: tuple[str, tuple[str, ...]] | None = (
-        None  # the same until the second boundary: what it has another value of
-    )
+    # a loop that is over, and the variables of its body that the code after it reads and a resumed turn
+    lacks: LoopsVariables | None = None  # has not at all
+    rests: LoopsVariables | None = None  # has other values of; until the second boundary after the loop
     rested: bool = False  # the first one has been passed
 
 
@@ -416,7 +414,7 @@ class Position:
                     "the loader itself"
                 )
 
-    def passed_on(self, head: Pass | None) -> tuple[str, tuple[str, ...]] | None:
+    def passed_on(self, head: Pass | None) -> LoopsVariables | None:
         """Return a loop that is over, or at its end, and variables that the code after it has from its body.
 
         A turn of `epochs` that is begun again has not got them: the capture waits for the next one.
@@ -431,7 +429,7 @@ class Position:
         return scope.lacks or (scope.rests if head is None else None)
 
     @property
-    def lacks(self) -> tuple[str, tuple[str, ...]] | None:
+    def lacks(self) -> LoopsVariables | None:
         """The same of the function itself, for which no later turn comes."""
         return self._scopes[0].lacks
 

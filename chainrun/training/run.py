@@ -171,10 +171,8 @@ class Run:
         """Have the generators that a module keeps, or its code uses, among what is registered."""
         found = [
             one
-            for one in carried.find(*module.modules())
-            if isinstance(one, rng.GENERATORS)
-            and id(one) not in self._registered
-            and one is not torch.default_generator
+            for one in carried.find(*objects.unwrap(module).modules(), generators_only=True)
+            if id(one) not in self._registered and one is not torch.default_generator
         ]
         if found:
             self._objects[f"{name}.generators"] = rng.Inside(name, found)
