@@ -90,7 +90,7 @@ def plain(folder: Path, epochs: int, ranks: int = 1) -> Path:
             environment |= {"MASTER_PORT": str(port)}
         command = [sys.executable, str(PROGRAMS / "plain.py"), str(trace), str(epochs)]
         processes.append(subprocess.Popen(command, env=dict(environment)))
-    assert [process.wait(120) for process in processes] == [0] * ranks
+    assert [process.wait(400) for process in processes] == [0] * ranks
     return trace
 
 

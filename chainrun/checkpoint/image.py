@@ -168,6 +168,10 @@ def _write(
         progress.tell(1.0)
         os.ftruncate(file, size)
         os.fsync(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, 0)  # a process just forked may hold it for a moment: its room is free at once
+        raise
     finally:
         os.close(file)
     return size, str(value.hexdigest())
