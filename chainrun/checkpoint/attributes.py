@@ -143,15 +143,17 @@ class Attributes:
         for path, module in self._module.named_modules(remove_duplicate=False):
             for name, value in vars(module).items():
                 if name not in _TORCHS_OWN and name != self._but:
-                    found = self._in_object(f"{path}.{name}", value, _DEPTH, seen)
-                    yield from (
-                        (place, one) for place, one in found if one is not _OTHER or place != f"{path}.{name}"
-                    )
+                    yield from self._in_attribute(f"{path}.{name}", value, seen)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     yield f"{path}.{name}.requires_grad", parameter.requires_grad
             for name in sorted(module._non_persistent_buffers_set):
                 yield f"{path}.{name}", module._buffers.get(name)
+
+    def _in_attribute(self, path: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Any]]:
+        """Yield what an attribute holds that may be state, and what of the objects in it is none."""
+        found = self._in_object(path, value, _DEPTH, seen)
+        return ((place, one) for place, one in found if one is not _OTHER or place != path)
 
     def _in_object(self, path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
         if _is_state(_plain(value)):
@@ -251,20 +253,18 @@ class OfOptimizer(Attributes):
     """The attributes of an optimizer of somebody's own that are not torch's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
         super().__init__(optimizer, but="")
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
-        if type(self._optimizer).__module__.startswith("torch.optim"):
+        if type(self._module).__module__.startswith("torch.optim"):
             return
-        for name, value in list(vars(self._optimizer).items()):
+        for name, value in list(vars(self._module).items()):
             if name not in _OPTIMIZERS_OWN and not name.startswith("_optimizer_"):
-                found = self._in_object(f".{name}", value, _DEPTH, seen)
-                yield from ((place, one) for place, one in found if one is not _OTHER or place != f".{name}")
+                yield from self._in_attribute(f".{name}", value, seen)
 
     def _tensors(self) -> Iterable[torch.Tensor]:
-        return (tensor for group in self._optimizer.param_groups for tensor in group["params"])
+        return (tensor for group in self._module.param_groups for tensor in group["params"])
 
 
 def _fits(live: Any, value: Any) -> bool:

@@ -168,16 +168,18 @@ class _Optimizer:
         }
 
     def extra(self) -> dict[str, Any]:
+        """Return what it is known by, and what has changed of its attributes since it was registered."""
+        return {**self._known_by(), "attributes": self._attributes.changed()}
+
+    def _known_by(self) -> dict[str, Any]:
         """Return what the parameters' order and the algorithm are known by, and the state of optimizers inside."""
         shapes = [list(parameter.shape) for parameter in self.parameters]
         inner = {name: one.state_dict() for name, one in self._inner.items()}
-        kind = type(self._optimizer).__qualname__
-        return {"kind": kind, "shapes": shapes, "inner": inner, "attributes": self._attributes.changed()}
+        return {"kind": type(self._optimizer).__qualname__, "shapes": shapes, "inner": inner}
 
     def load_extra(self, saved: dict[str, Any]) -> None:
         self._restored = {}
-        here = self.extra()
-        del here["attributes"]
+        here = self._known_by()
         saved = {**saved, "inner": sorted(saved["inner"])} | {"states": saved["inner"]}
         here["inner"] = sorted(here["inner"])
         for key, mine in here.items():

@@ -18,7 +18,7 @@ import torch
 
 from chainrun.errors import RegisterError
 from chainrun.owned import is_users_own
-from chainrun.training.held import functions_of
+from chainrun.training.held import fields, functions_of
 from chainrun.training.liveness import Code, live_in, place_of, read, written_in_the_loop
 from chainrun.training.variables import locals_of, users_frames
 
@@ -109,10 +109,9 @@ def _frames() -> list[types.FrameType]:
     return [frame for frame in found if frame.f_code.co_flags & inspect.CO_OPTIMIZED]
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
-    if is_users_own(type(value)) and not isinstance(value, torch.nn.Module):
-        own = getattr(value, "__dict__", None)
-        yield from own.items() if type(own) is dict else ()
+def _attributes(value: Any) -> list[tuple[str, Any]]:
+    is_followed = is_users_own(type(value)) and not isinstance(value, torch.nn.Module)
+    return fields(value) if is_followed else []
 
 
 def tensors_of(batch: Any) -> list[weakref.ref[torch.Tensor]]:

@@ -74,8 +74,8 @@ class Scope:
     ended: dict[str, Any] = field(default_factory=dict)  # by pass: the counts and the random state at its end
     # a loop that is over, and the variables of its body that the code after it reads and a resumed turn
     lacks: LoopsVariables | None = None  # has not at all
-    rests: LoopsVariables | None = None  # has other values of; until the second boundary after the loop
-    rested: bool = False  # the first one has been passed
+    rests: LoopsVariables | None = None  # has other values of, at the first boundary after the loop
+    rests_after: int = 0  # the boundaries that there were before that one
 
 
 class Position:
@@ -284,7 +284,7 @@ class Position:
             if ended.passed_on.unbound:
                 scope.lacks = (ended.loop, ended.passed_on.unbound)
             if ended.passed_on.changed:
-                scope.rests, scope.rested = (ended.loop, ended.passed_on.changed), False
+                scope.rests, scope.rests_after = (ended.loop, ended.passed_on.changed), scope.boundaries
             # the code after the begin of a held iterator is gone through again; a loop's body is not
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
@@ -367,8 +367,6 @@ class Position:
                 )
         scope = self._scopes[-1]
         scope.boundaries += 1
-        if scope.rests:
-            scope.rests, scope.rested = (None, False) if scope.rested else (scope.rests, True)
         for each in self._scopes:
             each.quiet = False
         if not self.walking:
@@ -426,7 +424,8 @@ class Position:
             return None
         if head is not None and head.passed_on.changed:
             return (head.loop, head.passed_on.changed)
-        return scope.lacks or (scope.rests if head is None else None)
+        at_the_first = head is None and scope.boundaries <= scope.rests_after + 1
+        return scope.lacks or (scope.rests if at_the_first else None)
 
     @property
     def lacks(self) -> LoopsVariables | None:
