@@ -1,7 +1,8 @@
 """Which names hold what was measured: the time, memory in use. They differ after a cut, and that is no loss.
 
 Read from bytecode: what is worked out in one expression with a clock's name, or with a name that holds such a value,
-holds one too; so does the object whose method is given one (``meter.update(time.time() - start)``).
+holds one too; so does the object whose method is given one (``meter.update(time.time() - start)``). In the same way
+is seen what was worked out from given variables.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import dis
 import time
 import types
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from chainrun.training.liveness import Key
@@ -50,65 +52,85 @@ def is_time(value: Any) -> bool:
 
 def measured(codes: Iterable[types.CodeType]) -> Held:
     """Return the names that hold what was measured."""
-    found: Held = set()
-    functions: set[str] = set()
-    codes = [*codes]
+    return _followed(codes, _CLOCKS, set())
+
+
+def worked_out(codes: Iterable[types.CodeType], variables: Held) -> Held:
+    """Return the variables that hold what was worked out from these."""
+    return _followed(codes, frozenset(), {*variables})
+
+
+def _followed(codes: Iterable[types.CodeType], names: AbstractSet[str], found: Held) -> Held:
+    codes, flow = [*codes], _Flow(names, found)
     for _ in range(3):  # a name by way of another one
-        known = _CLOCKS | functions | {name for code, (_, name) in found if code is None}
+        known = names | flow.functions | {name for code, (_, name) in found if code is None}
         for code in codes:
             if not known.isdisjoint(code.co_names) or any(held is code for held, _ in found):
-                _look(code, found, functions)
+                flow.look(code)
     return found
 
 
-def _look(code: types.CodeType, found: Held, functions: set[str]) -> None:
-    loads: list[Key] = []  # since the last expression's end
-    targets = False  # the last instruction stored a value, which the next one may store too
-    for step in dis.get_instructions(code):
-        name = step.opname
-        names = [str(each) for each in (step.argval if isinstance(step.argval, tuple) else (step.argval,))]
-        keys = [_key(name, each) for each in names]
-        marks = [place for place, load in enumerate(loads) if _is_measured(code, load, found, functions)]
-        if name.startswith(_STORES):
-            stores = keys[:1] if "LOAD" in name else keys
-            if marks:
-                found.update((code if key[0] == "local" else None, key) for key in stores)
-            targets = stores == keys
-            loads = loads if targets else keys[1:]
-            continue
-        if targets and name not in _BETWEEN_TARGETS:
-            loads = []
-        targets = False
-        if name.startswith(_LOADS):
-            loads += keys
-        elif name in ("STORE_SUBSCR", "STORE_SLICE"):  # value, container, key
-            if marks:
-                _note(code, loads[marks[-1] + 1 : marks[-1] + 2], found)
-            loads = []
-        elif name.startswith(_ENDS):
-            if marks and name == "RETURN_VALUE" and not code.co_name.startswith(("_", "<")):
-                functions.add(code.co_name)
-            elif marks and name == "POP_TOP":
-                before = loads[: marks[0]]
-                method = max((n for n, (kind, _) in enumerate(before) if kind == "attribute"), default=0)
-                _note(code, before[method - 1 : method] if method else [], found)
-            loads = []
+class _Flow:
+    """Follows values through code.
 
+    Args:
+        names: those of attributes and globals that give such a value. Where there are none, the objects that get
+            one are not followed: the registered ones are given to all sorts of things.
+        found: what holds one, to which more is added.
+    """
 
-def _note(code: types.CodeType, keys: list[Key], found: Held) -> None:
-    """Note the object that gets what was measured, unless it is one that gets all sorts of things."""
-    for key in keys:
-        if key != ("local", "self"):
-            found.add((code if key[0] == "local" else None, key))
+    def __init__(self, names: AbstractSet[str], found: Held) -> None:
+        self._names, self._found = names, found
+        self.functions: set[str] = set()  # that return one
+
+    def look(self, code: types.CodeType) -> None:
+        loads: list[Key] = []  # since the last expression's end
+        targets = False  # the last instruction stored a value, which the next one may store too
+        for step in dis.get_instructions(code):
+            name = step.opname
+            names = [
+                str(each) for each in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
+            ]
+            keys = [_key(name, each) for each in names]
+            marks = [place for place, load in enumerate(loads) if self._gives(code, load)]
+            if name.startswith(_STORES):
+                stores = keys[:1] if "LOAD" in name else keys
+                if marks:
+                    self._found.update((code if key[0] == "local" else None, key) for key in stores)
+                targets = stores == keys
+                loads = loads if targets else keys[1:]
+                continue
+            if targets and name not in _BETWEEN_TARGETS:
+                loads = []
+            targets = False
+            if name.startswith(_LOADS):
+                loads += keys
+            elif name in ("STORE_SUBSCR", "STORE_SLICE"):  # value, container, key
+                if marks:
+                    self._note(code, loads[marks[-1] + 1 : marks[-1] + 2])
+                loads = []
+            elif name.startswith(_ENDS):
+                if marks and name == "RETURN_VALUE" and not code.co_name.startswith(("_", "<")):
+                    self.functions.add(code.co_name)
+                elif marks and name == "POP_TOP":
+                    before = loads[: marks[0]]
+                    method = max((n for n, (kind, _) in enumerate(before) if kind == "attribute"), default=0)
+                    self._note(code, before[method - 1 : method] if method else [])
+                loads = []
+
+    def _note(self, code: types.CodeType, keys: list[Key]) -> None:
+        """Note the object that gets such a value, unless it is one that gets all sorts of things."""
+        for key in keys if self._names else ():
+            if key != ("local", "self"):
+                self._found.add((code if key[0] == "local" else None, key))
+
+    def _gives(self, code: types.CodeType, key: Key) -> bool:
+        if key[0] != "local":
+            return key[1] in self._names or key[1] in self.functions or (None, key) in self._found
+        return (code, key) in self._found or key[1] in self.functions
 
 
 def _key(operation: str, name: str) -> Key:
     if "ATTR" in operation or "METHOD" in operation:
         return ("attribute", name)
     return ("local" if "FAST" in operation or "DEREF" in operation else "global", name)
-
-
-def _is_measured(code: types.CodeType, key: Key, found: Held, functions: set[str]) -> bool:
-    if key[0] != "local":
-        return key[1] in _CLOCKS or key[1] in functions or (None, key) in found
-    return (code, key) in found or key[1] in functions

@@ -6,6 +6,8 @@ installed packages keep to themselves. Of what is large a sample is looked at.
 
 from __future__ import annotations
 
+import enum
+import functools
 import inspect
 import re
 import sys
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from chainrun.checkpoint.bits import fingerprint
 from chainrun.owned import FOREIGN, is_users_module, is_users_own
 from chainrun.training import clocks, rng, variables
 from chainrun.training.liveness import PROPERTY
@@ -30,6 +33,8 @@ ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _BY_KEY = (dict, OrderedDict, defaultdict)
 _LISTS = (list, tuple, deque)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
 
 class Place(NamedTuple):
@@ -57,13 +62,14 @@ class Kept(variables.Held):
 
     Args:
         registered: what checkpoints hold.
+        names: the names of registered objects, by their ids.
         package: the name of the training function's own package, which may be an installed one.
         until: a value of `time.monotonic`, at which it gives up.
     """
 
-    def __init__(self, registered: Iterable[Any], package: str, until: float) -> None:
+    def __init__(self, registered: Iterable[Any], names: dict[int, str], package: str, until: float) -> None:
         super().__init__([])
-        self._package, self._until = package, until
+        self._names, self._package, self._until = names, package, until
         self._passed_over = {id(thing) for thing in belonging(registered)}
         self._saved |= self._passed_over
         self._base, self._prefix = "", ""
@@ -91,8 +97,17 @@ class Kept(variables.Held):
 
     def _visit(self, value: Any, name: str, where: str, depth: int) -> None:
         kind = type(value)
-        if time.monotonic() > self._until or (kind not in ATOMS and id(value) in self._passed_over):
+        if time.monotonic() > self._until:
             return
+        which = self._names.get(id(value)) or _which(value)
+        if which is not None:
+            if self._function is not None or kind not in _CODE:
+                self._add(name + where, kind, False, f"{fingerprint(which)} {which}")
+            return
+        if kind not in ATOMS and id(value) in self._passed_over:
+            return
+        if issubclass(kind, torch.nn.Module) and (about := _of_module(value)) is not None:
+            self._add(name + where, kind, False, f"{fingerprint(about)} {kind.__name__}")
         if self._is_own(kind):
             methods = (vars(one).get(method) for one in kind.__mro__ for method in ("__call__", "forward"))
             last = (re.findall(r"\w+", name) or [name])[-1]
@@ -111,7 +126,12 @@ class Kept(variables.Held):
         if name != self._base and kind is torch.Tensor and not value.is_leaf:
             return  # with what it was computed from: of this turn only
         if not clocks.is_time(value):
-            super()._note(value, name, where)
+            try:
+                super()._note(value, name, where)
+            except NoMark:
+                if kind in _LISTS:  # of objects, which are looked at where they are few
+                    self._add(name + where, kind, False, f"{fingerprint(len(value))} {len(value)} items")
+                raise
             if kind in _LISTS and value and type(value[0]) in _TENSORS:
                 self.places[name + where] = self.places[name + where]._replace(kind="Tensor")
 
@@ -146,6 +166,41 @@ class Kept(variables.Held):
 
     def _is_own(self, kind: type) -> bool:
         return is_users_own(kind) or (_top(kind) == self._package and _top(kind) not in FOREIGN)
+
+
+def _which(value: Any) -> str | None:
+    """Return what a function, a class, a dtype or an enum's member is told from others by, None of all else."""
+    kind = type(value)
+    if issubclass(kind, enum.Enum):
+        return f"{kind.__qualname__}.{value.name}"
+    if kind in _NAMED:
+        return str(value)
+    if kind is functools.partial:
+        given = [each for each in (*value.args, *value.keywords.items()) if _is_plain(each)]
+        return f"partial({_which(value.func)}, {given})"
+    if kind in _CODE or issubclass(kind, type):
+        line = f" in line {value.__code__.co_firstlineno}" if value.__name__ == "<lambda>" else ""
+        return f"{value.__qualname__}{line}"
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in ATOMS or (type(value) is tuple and all(map(_is_plain, value)))
+
+
+def _of_module(value: torch.nn.Module) -> list[Any] | None:
+    """Return what a module without weights is told from others by, None of one with weights."""
+    if any(True for one in (torch.nn.Module.parameters, torch.nn.Module.buffers) for _ in one(value)):
+        return None
+    found = []
+    for module in torch.nn.Module.modules(value):
+        settings = {
+            name: setting
+            for name, setting in vars(module).items()
+            if name not in variables.OF_MODULES and _is_plain(setting) and _top(type(module)) in FOREIGN
+        }
+        found.append([type(module).__qualname__, settings])
+    return found
 
 
 def _top(kind: type) -> str:

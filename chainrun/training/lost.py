@@ -5,8 +5,8 @@ ends notes marks of them beside its witness; the next one compares, at the momen
 worse than a missed one. Told is what
 
 - is bound in both and holds something else;
-- has changed from the segment's first boundary to its last, or a loop around this place gives it another value: not
-  what differs from job to job;
+- has changed from the segment's first boundary to its last, or a loop around this place gives it another value, or it
+  was worked out from what is registered, which was another one then: not what differs from job to job;
 - is read from here on before it is written (`liveness`);
 - holds no time (`clocks`), and was not just made at its first use: None or a flag, and since then what it is now.
 """
@@ -98,16 +98,18 @@ class Variables:
 
     Args:
         registered: returns what checkpoints hold.
+        names: returns the names of registered objects, by their ids.
     """
 
-    def __init__(self, registered: Callable[[], Iterable[Any]]) -> None:
-        self._registered = registered
+    def __init__(self, registered: Callable[[], Iterable[Any]], names: Callable[[], dict[int, str]]) -> None:
+        self._registered, self._names = registered, names
         self._outside: set[types.CodeType] = set()  # the code that was running before: it does not begin anew
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             self._outside.add(frame.f_code)
             frame = frame.f_back
-        self._first: dict[str, str] = {}
+        self._begun: dict[str, str] = {}  # the marks where the segment's first loop began, or went on
+        self._first: dict[str, str] = {}  # those at its first boundary
         self._first_at = -1
         self._differ: dict[str, tuple[list[Any], str]] = {}
         self._called: dict[str, list[types.CodeType]] = {}
@@ -119,9 +121,18 @@ class Variables:
 
     def _look(self, where: list[types.FrameType]) -> Kept:
         package = str(where[-1].f_globals.get("__name__")).partition(".")[0] if where else ""
-        held = Kept(self._registered(), package, time.monotonic() + SECONDS)
+        held = Kept(self._registered(), self._names(), package, time.monotonic() + SECONDS)
         held.look(where)
         return held
+
+    def note_begin(self) -> None:
+        """Where a loop begins, and no boundary was passed: a segment may have but one."""
+        self._note_begin(self._look(self.frames()))
+
+    def _note_begin(self, held: Kept) -> None:
+        # what is made at its first use is told from what changes by a boundary that it was there at
+        marks = {name: place.mark for name, place in held.places.items()}
+        self._begun = {name: mark for name, mark in marks.items() if _shown(mark) not in _ONCE}
 
     def note_first(self, boundary: int) -> None:
         """At the segment's first boundary: what changes from here on is state."""
@@ -134,7 +145,7 @@ class Variables:
         Args:
             where: what `frames` returned, in the thread that runs the training.
         """
-        first = self._first if self._first_at != boundary else {}
+        first = self._first if self._first_at != boundary else self._begun
         found: Told = {}
         for name, place in self._look(where).places.items():
             changed = first[name] != place.mark if name in first else None
@@ -149,6 +160,7 @@ class Variables:
         where = self.frames()
         held = self._look(where)
         self._called = held.called
+        self._note_begin(held)
         for name, noted in told.items():
             now = held.places.get(name)
             bare = held.places.get(_variable_of(Place(*noted[:-1])))
@@ -207,6 +219,13 @@ class Variables:
             return []
         where = self.frames()
         functions = functions_of(where)
+        registered = self._names()
+        from_state: clocks.Held = {
+            (frame.f_code, ("local", name))
+            for frame in where
+            for name, value in variables.locals_of(frame).items()
+            if id(value) in registered
+        }
         for name, codes in self._called.items():
             functions.setdefault(name, []).extend(codes)
         places = {name: Place(*noted[:-1]) for name, (noted, _) in differ.items()}
@@ -216,13 +235,16 @@ class Variables:
         }
         code = Code(functions, keys)
         live = live_in(code, where, gives, around_gives)
-        measured = clocks.measured({*(f.f_code for f in where), *itertools.chain(*functions.values())})
+        everything = {*(f.f_code for f in where), *itertools.chain(*functions.values())}
+        measured = clocks.measured(everything)
+        from_state = clocks.worked_out(everything, from_state)
         found = []
         for name, (noted, now) in differ.items():
             place, changed = places[name], noted[-1]
             own = [frame for frame in where if frame.f_code.co_name == place.function]
             # a tensor is of no job: it was made from others, maybe from what is restored by now
-            fixed = place.kind not in _TENSORS and not changed
+            made = any((frame.f_code, ("local", place.base)) in from_state for frame in own)
+            fixed = not changed and not made and place.kind not in _TENSORS
             if fixed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
                 continue
             if _is_made_once(place, now, changed):

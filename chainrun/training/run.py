@@ -76,7 +76,8 @@ class Run:
         self.on_place: Callable[[], None] | None = None  # told where a checkpoint is taken, or was
         self._ranges: dict[str, dict[str, Any]] = {}
         self._extent = Extent()
-        self._variables = Variables(self._belongings)
+        self._variables = Variables(self._belongings, self._names)
+        self._looks = 3  # at variables where a loop begins, until the first boundary
         self._due: Wish | None = None
         self._deferred = self._told_of_lacks = False
         self._ended: Wish | None = None
@@ -392,10 +393,10 @@ class Run:
             raise SegmentEnd(self._ended)  # the function caught the first one
         self._saving.check()
         if not self._checked:
-            self._checked, self._next = True, self._first_due
+            self._checked, self._next, self._looks = True, self._first_due, 0
             self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
-            self._note_variables()
+            self._note_variables(partial(self._variables.note_first, self._position.boundaries))
             things = [thing for _, thing in self._registered.values()]
             for line in (
                 *objects.forgotten(self._objects, things),
@@ -450,6 +451,9 @@ class Run:
 
     def _at_head(self, head: Pass) -> None:
         """A loop asks for its next turn; the rest of the boundary's loop body has run."""
+        if self._looks and head.advanced is None and not self.resumed:
+            self._looks -= 1
+            self._note_variables(self._variables.note_begin)
         if self._due is not None and self._position.is_head(head):
             self._capture(head)
 
@@ -565,9 +569,13 @@ class Run:
         loaders = [each for chain in self._loaders.values() for each in chain.belongings]
         return [self.state, *self.things(), *loaders]
 
-    def _note_variables(self) -> None:
+    def _names(self) -> dict[int, str]:
+        """Return the names of the registered objects, by their ids."""
+        return {key: name for key, (name, _) in self._registered.items()}
+
+    def _note_variables(self, note: Callable[[], None]) -> None:
         try:
-            self._variables.note_first(self._position.boundaries)
+            note()
         except Exception as error:  # as below
             self._setting.say(f"what variables hold is not followed: {type(error).__name__}: {error}")
 
