@@ -13,6 +13,7 @@ import torch
 
 from chainrun.checkpoint import buckets, sharded
 from chainrun.checkpoint.attributes import Attributes, OfOptimizer
+from chainrun.checkpoint.form import Form
 from chainrun.checkpoint.gradients import Gradients
 from chainrun.checkpoint.state import copied
 from chainrun.errors import RegisterError, RestoreError
@@ -38,6 +39,10 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
             return module
 
 
+_MAKE_IT_SO = (
+    "Make the same change before run.register(...) too, where run.epoch or run.global_step, which are restored by "
+    "then, tell that it was done"
+)
 _MARK = "_chainrun_mark"  # the attribute of a registered module
 
 
@@ -65,6 +70,7 @@ class _Module:
         vars(self._module)[_MARK] = _Mark(name)
         sharded.note(self._module)
         self._attributes = Attributes(self._module, but=_MARK)
+        self._form = Form(self._module)
         buckets.check(self._module)
 
     @property
@@ -90,11 +96,29 @@ class _Module:
 
     def extra(self) -> dict[str, Any]:
         """Return what has changed since it was registered and is not in state_dict()."""
-        return {"attributes": self._attributes.changed(), "buckets": buckets.capture(self._module)}
+        return {
+            "attributes": self._attributes.changed(),
+            "buckets": buckets.capture(self._module),
+            "form": self._form.changed(),
+        }
 
     def load_extra(self, extra: dict[str, Any]) -> None:
         self._attributes.restore(extra["attributes"])
         buckets.restore(self._module, extra["buckets"])
+        self._form.expect(extra.get("form", {}))
+
+    def check(self) -> None:
+        """See, at the first boundary after a restore, that it is made of what it was made of.
+
+        Raises:
+            RestoreError: it is not.
+        """
+        for place, then, mine in self._form.lost():
+            raise RestoreError(
+                f"the module '{self._name}' is not made as it was when the run was cut: '{place.strip('.')}' was {then} "
+                f"and is {mine} here. A turn that is over has changed it, and a resumed function does not come by there. "
+                f"{_MAKE_IT_SO}; nothing was lost"
+            )
 
     def state_dict(self) -> Any:
         return self._module.state_dict()
@@ -107,7 +131,8 @@ class _Module:
             )
             raise RestoreError(
                 f"the module '{self._name}' is not the one that was saved: {shown}. Nothing was restored; "
-                "build it as it was, or start a new run"
+                "build it as it was, or start a new run. If the training itself changes it (torch.nn.utils.prune, a "
+                f"layer that is added): {_MAKE_IT_SO[0].lower()}{_MAKE_IT_SO[1:]}"
             )
         self._module.load_state_dict(state)
 
@@ -402,6 +427,17 @@ def _named(things: dict[str, Stateful]) -> dict[str, torch.nn.Parameter]:
         if isinstance(thing, _Module)
         for path, parameter in thing.named_parameters()
     }
+
+
+def check(things: dict[str, Stateful]) -> None:
+    """See, at the first boundary after a restore, that the modules are made of what they were made of.
+
+    Raises:
+        RestoreError: one is not.
+    """
+    for thing in things.values():
+        if isinstance(thing, _Module):
+            thing.check()
 
 
 def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from chainrun.checkpoint.bits import fingerprint
 from chainrun.owned import is_users_own
 from chainrun.training import carried
 from chainrun.training.contents import Contents, is_large_container, sample, without_folders
+from chainrun.training.liveness import before
 
 _ENTRIES = ("__getitem__", "__getitems__", "__call__", "forward")  # what torch's loader calls
 _CHANGE = {
@@ -134,33 +135,21 @@ def _changed_in(code: types.CodeType) -> Iterator[str]:
     steps = list(_one_by_one(code))
     aliases: dict[str, str] = {}  # variables that hold an attribute's value
     for place, step in enumerate(steps):
-        before = steps[place - 1] if place else None
-        if step.opname == "STORE_FAST" and before is not None and before.opname == "LOAD_ATTR":
-            aliases[str(step.argval)] = str(before.argval)
+        last = steps[place - 1] if place else None
+        if step.opname == "STORE_FAST" and last is not None and last.opname == "LOAD_ATTR":
+            aliases[str(step.argval)] = str(last.argval)
         if step.opname == "STORE_ATTR":
             yield str(step.argval)
         elif step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"):
-            yield from _name(
-                steps, _before_key(steps, place, 2 if step.opname == "STORE_SLICE" else 1), aliases
-            )
+            yield from _name(steps, before(steps, place, 2 if step.opname == "STORE_SLICE" else 1), aliases)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGE:
             yield from _name(steps, place - 1, aliases)
-
-
-def _before_key(steps: list[dis.Instruction], place: int, keys: int) -> int:
-    """Return where the container's expression ends, which comes right before its key's."""
-    depth, place = 0, place - 1
-    while place > 0 and depth < keys:
-        step = steps[place]
-        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
-        place -= 1
-    return place
 
 
 def _name(steps: list[dis.Instruction], place: int, aliases: dict[str, str]) -> Iterator[str]:
     """Yield the attribute whose value an expression that ends there gives, be it an item of it."""
     while place > 0 and steps[place].opname == "BINARY_SUBSCR":
-        place = _before_key(steps, place, 1)
+        place = before(steps, place, 1)
     step = steps[max(place, 0)]
     if step.opname == "LOAD_ATTR":
         yield str(step.argval)

@@ -164,9 +164,9 @@ class Code:
             ways = [ways[0] if gives else ways[1]]
         entries = self._entries(code, ends_with)
         heads = [n for n, step in enumerate(steps) if step.name == "FOR_ITER"]
-        loops = [n for n in heads if n < place < _exit(steps[n])]
+        loops = [n for n in heads if n < place < exit_of(steps[n])]
         if gives and not around_gives:  # so have those in the turn that comes
-            inner = [n for n in heads if place < n < _exit(steps[place])]
+            inner = [n for n in heads if place < n < exit_of(steps[place])]
             entries = self._entries(code, ends_with, {n: entries[steps[n].goes_on[0] or 0] for n in inner})
         if loops and around_gives:  # in that turn this loop, begun anew, has turns as well
             for loop in [place] * (steps[place].name == "FOR_ITER") + loops[-1:]:
@@ -283,15 +283,25 @@ def place_of(steps: list[Step], at: int) -> int:
     return max(place for place, step in enumerate(steps) if step.at <= max(at, 0))
 
 
+def before(steps: list[dis.Instruction], place: int, values: int) -> int:
+    """Return the last instruction before those that put so many values on the stack, which end before a place."""
+    depth, place = 0, place - 1
+    while place > 0 and depth < values:
+        step = steps[place]
+        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+        place -= 1
+    return place
+
+
 def written_in_the_loop(code: types.CodeType, at: int) -> set[str]:
     """Return the local variables that the body of a loop writes, which asks for its next turn at an offset."""
     steps = read(code)
     place = place_of(steps, at)
-    body = steps[place + 1 : _exit(steps[place])]
+    body = steps[place + 1 : exit_of(steps[place])]
     return {key[1] for step in body for what, key in step.effects if what == "write" and key[0] == "local"}
 
 
-def _exit(loop: Step) -> int:
+def exit_of(loop: Step) -> int:
     """Return where a loop goes on after its last turn."""
     return max((way for way in loop.goes_on if way is not None), default=0)
 

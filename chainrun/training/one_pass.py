@@ -221,6 +221,7 @@ class OnePass:
             if chain.passes <= 2:  # the later ones are asked like these
                 wrapped.refuse(self._around, self.iterator(), chain.name)
                 passed_on.refuse_ahead(self._given, chain.name)
+                passed_on.refuse_collected(chain.name)
             self._given = []
         chain.on_head(self._mark)
         if self._counts:

@@ -6,7 +6,9 @@ from bytecode (`liveness`): where it is not sure, nothing is said.
 
 from __future__ import annotations
 
+import dis
 import inspect
+import itertools
 import sys
 import types
 import weakref
@@ -19,10 +21,12 @@ import torch
 from chainrun.errors import RegisterError
 from chainrun.owned import is_users_own
 from chainrun.training.held import fields, functions_of
-from chainrun.training.liveness import Code, live_in, place_of, read, written_in_the_loop
+from chainrun.training.liveness import Code, before, exit_of, live_in, place_of, read, written_in_the_loop
 from chainrun.training.variables import locals_of, users_frames
 
 _DEPTH = 2  # containers in containers
+_COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
+_COLLECT = ("list", "tuple", "set", "frozenset", "dict", "sum", "sorted", "min", "max")
 
 
 class PassedOn(NamedTuple):
@@ -43,15 +47,18 @@ def to_the_code_after() -> PassedOn:
     where = _frames()
     for frame in where:
         code = frame.f_code
-        if code.co_flags & inspect.CO_GENERATOR:
-            continue  # it is the loop around it
+        is_generator = code.co_flags & inspect.CO_GENERATOR  # then the loop around it follows
         place = place_of(read(code), frame.f_lasti)
-        if read(code)[place].name != "FOR_ITER":
+        if read(code)[place].name == "FOR_ITER":
+            key = (code, frame.f_lasti)
+            if key not in _known:
+                found = _passed_on(where[where.index(frame) :])
+                # what a generator gives after its loop, a resumed one does not come to
+                _known[key] = PassedOn(found.changed, found.changed) if is_generator else found
+            if _known[key].changed:
+                return _known[key]
+        if not is_generator:
             return NOTHING
-        key = (code, frame.f_lasti)
-        if key not in _known:
-            _known[key] = _passed_on(where[where.index(frame) :])
-        return _known[key]
     return NOTHING
 
 
@@ -94,6 +101,58 @@ def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:
         for (variable, attribute), value in owned.items():
             if ("attribute", attribute) in live and any(id(t) in alive for t in _tensors(value)):
                 _refuse(name, f"{variable}.{attribute}", frame)
+
+
+def refuse_collected(name: str) -> None:
+    """Refuse a list and the like that is being made of the turns over the loader `name`, and is in no variable yet.
+
+    Raises:
+        RegisterError: there is one.
+    """
+    where = _frames()
+    for frame, outer in itertools.zip_longest(where, where[1:]):
+        code = frame.f_code
+        is_comprehension = code.co_name in _COMPREHENSIONS  # until Python 3.11 a function of its own
+        if is_comprehension or code.co_flags & inspect.CO_GENERATOR:
+            what = "a comprehension" if is_comprehension else ""
+            asks = outer
+        else:
+            what, asks = _collecting(frame), frame
+        if what and asks is not None and not _is_dropped(asks):
+            raise RegisterError(
+                f"{what} collects what the turns over the loader '{name}' give, and run.step() is called inside: a cut "
+                "loses what was collected. Write a for loop, and keep in run.state what is more than shown"
+            )
+        if asks is frame:
+            return
+
+
+def _collecting(frame: types.FrameType) -> str:
+    """Return what collects what a loop gives, in the instruction that a frame is at."""
+    listed = list(dis.get_instructions(frame.f_code))
+    place = max(n for n, step in enumerate(listed) if step.offset <= max(frame.f_lasti, 0))
+    if listed[place].opname == "FOR_ITER":  # a comprehension begins with an empty list
+        is_one = place > 1 and listed[place - 1].opname == "SWAP" and "BUILD" in listed[place - 2].opname
+        return "a comprehension" if is_one else ""
+    if not listed[place].opname.startswith(("CALL", "PRECALL")) or listed[place].arg != 1:
+        return ""
+    place -= listed[place - 1].opname == "PRECALL"  # Python 3.11 has two, and may be at the first
+    called = listed[before(listed, place, 1)]
+    return f"{called.argval}()" if "LOAD" in called.opname and called.argval in _COLLECT else ""
+
+
+def _is_dropped(frame: types.FrameType) -> bool:
+    """Whether what the instruction collects that a frame is at goes nowhere."""
+    steps = read(frame.f_code)
+    place = place_of(steps, frame.f_lasti)
+    then = place + (2 if steps[place].name == "PRECALL" else 1)
+    if steps[place].name == "FOR_ITER":
+        then = exit_of(steps[place])
+        if steps[then].name == "END_FOR":
+            then += 1 + (sys.version_info >= (3, 13))
+        while then < len(steps) - 1 and steps[then].name in ("SWAP", "STORE_FAST"):
+            then += 1  # a variable of the comprehension's name gets its value again
+    return steps[then].name == "POP_TOP"
 
 
 def _refuse(name: str, variable: str, frame: types.FrameType) -> None:

@@ -396,6 +396,7 @@ class Run:
             self._checked, self._next, self._looks = True, self._first_due, 0
             self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
+            objects.check(self._objects)
             self._note_variables(partial(self._variables.note_first, self._position.boundaries))
             things = [thing for _, thing in self._registered.values()]
             for line in (

@@ -1,0 +1,75 @@
+"""What a module is made of, besides tensors and values: the classes of its parts, functions in attributes, hooks.
+
+No checkpoint holds code. A training that swaps a layer, an activation or a hook inside its loop has the old one when it
+is resumed in a later turn; noted is what is not as it was when the module was registered, so that this is seen.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+
+import torch
+
+from chainrun.owned import is_users_own
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_TORCHS_OWN = vars(torch.nn.Module()).keys()
+NOTHING = "nothing"
+
+
+class Form:
+    """Follows what a module is made of.
+
+    Args:
+        module: just built, and not yet restored.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self._built = dict(self._parts())
+        self._lost: dict[str, tuple[str, str]] = {}  # by place what it was, and what was here instead
+
+    def _parts(self) -> Iterator[tuple[str, str]]:
+        for path, module in self._module.named_modules(remove_duplicate=False):
+            yield path, type(module).__qualname__
+            for name, value in vars(module).items():
+                if name in _HOOKS:
+                    hooks = [hook for hook in value.values() if is_users_own(_function(hook))]
+                    if hooks:
+                        yield f"{path}.{name}", " and ".join(_name(hook) for hook in hooks)
+                elif isinstance(value, _FUNCTIONS) and name not in _TORCHS_OWN:
+                    yield f"{path}.{name}", _name(value)
+
+    def changed(self) -> dict[str, str]:
+        """Return what is not as it was built, by its place."""
+        here = dict(self._parts())
+        places = [*here, *(self._built.keys() - here.keys())]
+        return {p: here.get(p, NOTHING) for p in places if here.get(p) != self._built.get(p)}
+
+    def expect(self, saved: dict[str, str]) -> None:
+        """Note what is not as `changed` said: the turn that begins may still make it so."""
+        here = dict(self._parts())
+        then = {**self._built, **saved}
+        differs = (p for p in {**then, **here} if then.get(p, NOTHING) != here.get(p, NOTHING))
+        self._lost = {p: (then.get(p, NOTHING), here.get(p, NOTHING)) for p in differs}
+
+    def lost(self) -> Iterator[tuple[str, str, str]]:
+        """Yield what the turn has not made so: the place, what it was, and what it is."""
+        here = dict(self._parts()) if self._lost else {}
+        for place, (then, mine) in self._lost.items():
+            if here.get(place, NOTHING) == mine:
+                yield place, then, mine
+        self._lost = {}
+
+
+def _function(hook: object) -> object:
+    return getattr(hook, "__func__", hook) if isinstance(hook, _FUNCTIONS) else type(hook)
+
+
+def _name(function: object) -> str:
+    kind = _function(function)
+    code = getattr(kind, "__code__", None)
+    line = f" in line {code.co_firstlineno}" if code is not None and code.co_name == "<lambda>" else ""
+    return f"{getattr(kind, '__qualname__', kind)}{line}"
