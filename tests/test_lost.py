@@ -388,7 +388,7 @@ LOST = [
     (sum_of_the_epoch, "`total` in sum_of_the_epoch()"),
     (best, "`best_loss` in best()"),
     (anchored, "`anchor` in anchored()"),
-    (best_weights, "`kept['weight']` in best_weights()"),
+    (best_weights, "`kept` in best_weights()"),
     (replayed, "`memory` in replayed() was 150 items when the run was cut and is [] here"),
     (big_array, "`table` in big_array()"),
     (rate_set_once, "`scale` in rate_set_once() was 0.1 when the run was cut and is 1.0 here"),

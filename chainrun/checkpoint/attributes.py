@@ -1,5 +1,5 @@
-"""What a module keeps beside its state_dict: plain attributes, those of the user's objects in it, and buffers that are
-not persistent.
+"""What a module keeps beside its state_dict: plain attributes, those of the user's objects in it and of its hooks, and
+buffers that are not persistent.
 
 Saved is what has changed since the module was registered. Contents are compared: what writes through ``.data`` or
 a NumPy view leaves no other trace.
@@ -8,6 +8,7 @@ a NumPy view leaves no other trace.
 from __future__ import annotations
 
 import marshal
+import types
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +27,8 @@ _SCALARS = (bool, int, float, str, type(None))
 _CONTAINERS = (list, tuple, dict, OrderedDict, Counter, set)
 _WIDTH = 4096  # a longer container is state only if it holds numbers and strings alone
 _TORCHS_OWN = vars(torch.nn.Module()).keys() - {"training"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The attributes of a module that hold its hooks."""
 _OPTIMIZERS_OWN = {  # and what begins with _optimizer_
     *("defaults", "state", "param_groups", "_zero_grad_profile_name", "_opt_called"),
     "_warned_capturable_if_run_uncaptured",
@@ -88,6 +91,11 @@ def _made(kind: list[Any] | None, plain: Any) -> Any:
     return plain.numpy() if kind[0] == "array" else plain.numpy()[()]
 
 
+def _owner_of(hook: Any) -> Any:
+    """Return the object whose method a hook is, or the hook itself, which may be an object."""
+    return hook.__self__ if isinstance(hook, types.MethodType) else hook
+
+
 def _is_followed(value: Any) -> bool:
     """Whether it is an object of the user's without a state_dict of its own."""
     kind = type(value)
@@ -144,6 +152,9 @@ class Attributes:
             for name, value in vars(module).items():
                 if name not in _TORCHS_OWN and name != self._but:
                     yield from self._in_attribute(f"{path}.{name}", value, seen)
+                elif name in HOOKS:
+                    for place, hook in enumerate([*value.values()]):
+                        yield from self._in_attribute(f"{path}.{name}.{place}", _owner_of(hook), seen)
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     yield f"{path}.{name}.requires_grad", parameter.requires_grad
@@ -228,7 +239,10 @@ class Attributes:
             where, _, name = path.rpartition(".")
             owner: Any = self._module
             for part in where.strip(".").split("."):
-                owner = getattr(owner, part, None) if part else owner
+                if isinstance(owner, OrderedDict):  # of hooks
+                    owner = _owner_of([*owner.values()][int(part)]) if int(part) < len(owner) else None
+                else:
+                    owner = getattr(owner, part, None) if part else owner
             if owner is not None:  # an object that the training makes is made by it again
                 setattr(owner, name, value)
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
+from chainrun.checkpoint.attributes import HOOKS
 from chainrun.owned import is_users_own
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _TORCHS_OWN = vars(torch.nn.Module()).keys()
 NOTHING = "nothing"
@@ -35,7 +35,7 @@ class Form:
         for path, module in self._module.named_modules(remove_duplicate=False):
             yield path, type(module).__qualname__
             for name, value in vars(module).items():
-                if name in _HOOKS:
+                if name in HOOKS:
                     hooks = [hook for hook in value.values() if is_users_own(_function(hook))]
                     if hooks:
                         yield f"{path}.{name}", " and ".join(_name(hook) for hook in hooks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import inspect
 import re
 import sys
@@ -23,17 +24,22 @@ import torch
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.owned import FOREIGN, is_users_module, is_users_own
 from chainrun.training import clocks, rng, variables
-from chainrun.training.liveness import PROPERTY
+from chainrun.training.liveness import PROPERTY, Code, is_in_a_loop
 from chainrun.training.variables import NoMark
 
+ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _ITEMS, _ELEMENTS = 1000, 1 << 16  # of what is longer or larger a sample is looked at
 _DEPTH, _WIDTH = 5, 64
 _CODES = 2000  # functions of the user's that are read
-ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _BY_KEY = (dict, OrderedDict, defaultdict)
 _LISTS = (list, tuple, deque)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_LOADERS = ("chainrun.training.data", "chainrun.training.one_pass")
+_NOT_FOLLOWED = (*ATOMS, type, types.ModuleType, types.CodeType)
+_REACH = 5000  # objects
+WEIGHTS = "weights"
+"""The kind of a dict that is a copy of a module's state_dict()."""
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
 
@@ -70,10 +76,13 @@ class Kept(variables.Held):
     def __init__(self, registered: Iterable[Any], names: dict[int, str], package: str, until: float) -> None:
         super().__init__([])
         self._names, self._package, self._until = names, package, until
+        registered = [*registered]
         self._passed_over = {id(thing) for thing in belonging(registered)}
+        self._weights = [_names_in(one) for one in registered if isinstance(one, torch.nn.Module)]
         self._saved |= self._passed_over
         self._base, self._prefix = "", ""
         self._function: str | None = None
+        self._frames: list[types.FrameType] = []
         self.places: dict[str, Place] = {}
         self.givers: set[str] = set()
         """Names of what gives a default for a key that it lacks."""
@@ -82,7 +91,8 @@ class Kept(variables.Held):
 
     def look(self, frames: list[types.FrameType]) -> dict[str, tuple[str, bool, str]]:
         """Look at the frames' variables and their modules' globals."""
-        for frame in frames:
+        self._frames = [*frames]
+        for frame in self._frames:  # grows by those of generators
             for name, value in variables.locals_of(frame).items():
                 where = f" in {frame.f_code.co_name}()"
                 self._base, self._function, self._prefix = name, frame.f_code.co_name, name
@@ -99,12 +109,22 @@ class Kept(variables.Held):
         kind = type(value)
         if time.monotonic() > self._until:
             return
+        if kind is types.FunctionType or issubclass(kind, type):
+            own = vars(value) if is_users_own(value) and depth else {}
+            for inner, one in [*own.items()]:
+                if not inner.startswith("__") and (
+                    type(one) in ATOMS or type(one) in (*_LISTS, *_BY_KEY, *_TENSORS)
+                ):
+                    self._visit(one, f"{name}.{inner}", where, depth - 1)
         which = self._names.get(id(value)) or _which(value)
         if which is not None:
             if self._function is not None or kind not in _CODE:
                 self._add(name + where, kind, False, f"{fingerprint(which)} {which}")
             return
         if kind not in ATOMS and id(value) in self._passed_over:
+            return
+        if kind is types.GeneratorType:
+            self._visit_generator(value, name, where)
             return
         if issubclass(kind, torch.nn.Module) and (about := _of_module(value)) is not None:
             self._add(name + where, kind, False, f"{fingerprint(about)} {kind.__name__}")
@@ -115,12 +135,47 @@ class Kept(variables.Held):
             self.called.setdefault(last, []).extend(codes)
         super()._visit(value, name, where, depth)
 
+    def _visit_generator(self, value: types.GeneratorType[Any, Any, Any], name: str, where: str) -> None:
+        """Look at what a generator goes on with: as one value, or at each variable where it takes batches.
+
+        Such a one is resumed with its loader, and has begun anew by then.
+        """
+        frame = value.gi_frame
+        if (
+            frame is None
+            or value.gi_running
+            or frame in self._frames
+            or not _is_frame_of(frame, self._package)
+        ):
+            return
+        if _takes_batches(value, frame):
+            self._frames.append(frame)
+            return
+        values = variables.locals_of(frame)
+        code = Code(functions_of([frame]), {("local", name) for name in values})
+        live = code.live(frame.f_code, frame.f_lasti)
+        held = {}
+        for variable in sorted(values):
+            try:
+                if ("local", variable) in live:
+                    held[variable] = self._mark(values[variable])
+            except NoMark:
+                continue
+        again = is_in_a_loop(frame.f_code, frame.f_lasti)
+        if held or not again:  # else it gives the same again
+            about = [value.__qualname__, [*held.items()], None if again else frame.f_lasti]
+            self._add(name + where, type(value), False, fingerprint(about))
+
     def _note(self, value: Any, name: str, where: str) -> None:
         kind = type(value)
         if kind in _BY_KEY:
             if kind is defaultdict:
                 self.givers.add(name)
-            raise NoMark  # key by key
+            if not self._is_copy_of_weights(value):
+                raise NoMark  # key by key
+            self._add(name + where, kind, False, self._mark({**value}))
+            self.places[name + where] = self.places[name + where]._replace(kind=WEIGHTS)
+            return
         if kind in (set, frozenset):
             return  # what has been seen, mostly: it grows as a cache does
         if name != self._base and kind is torch.Tensor and not value.is_leaf:
@@ -142,6 +197,8 @@ class Kept(variables.Held):
             self.places[name] = Place(kind.__name__, register, its_mark, self._base, self._function, parts)
 
     def _mark(self, value: Any) -> str:
+        if type(value) is dict:
+            return variables.mark([[*value], *map(_sampled, value.values())])
         found = variables.mark(_sampled(value))
         parts = type(value) not in (*_LISTS, Counter) or issubclass(
             type(next(iter(value), None)), torch.Tensor
@@ -149,6 +206,10 @@ class Kept(variables.Held):
         if not parts and " " not in found and len(value) > 3:
             found += f" {len(value)} items"
         return found
+
+    def _is_copy_of_weights(self, value: dict[Any, Any]) -> bool:
+        """Whether a dict is a state_dict() of a registered module, or a part of one: never a cache."""
+        return bool(value) and any(names.issuperset(value) for names in self._weights)
 
     def _children(self, value: Any) -> Iterator[tuple[str, Any]]:
         kind = type(value)
@@ -166,6 +227,28 @@ class Kept(variables.Held):
 
     def _is_own(self, kind: type) -> bool:
         return is_users_own(kind) or (_top(kind) == self._package and _top(kind) not in FOREIGN)
+
+
+def _names_in(module: torch.nn.Module) -> frozenset[str]:
+    """Return the names in a module's state_dict(), with and without those of wrappers."""
+    kinds = (torch.nn.Module.named_parameters, torch.nn.Module.named_buffers)
+    names = [name for named in kinds for name, _ in named(module)]
+    return frozenset([*names, *(name.removeprefix("module.").removeprefix("_orig_mod.") for name in names)])
+
+
+def _takes_batches(generator: types.GeneratorType[Any, Any, Any], frame: types.FrameType) -> bool:
+    """Whether a loader, or an iterator over one, is within a generator's reach."""
+    level: list[Any] = [generator, *(frame.f_globals.get(name) for name in frame.f_code.co_names)]
+    seen = {id(frame.f_globals), *map(id, level)}
+    for _ in range(_DEPTH):
+        level = [one for one in gc.get_referents(*level) if id(one) not in seen]
+        if any(type(one).__module__ in _LOADERS for one in level):
+            return True
+        seen.update(map(id, level))
+        level = [one for one in level if type(one) not in _NOT_FOLLOWED and _top(type(one)) != "chainrun"]
+        if len(seen) > _REACH:
+            break
+    return False
 
 
 def _which(value: Any) -> str | None:

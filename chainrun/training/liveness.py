@@ -283,6 +283,12 @@ def place_of(steps: list[Step], at: int) -> int:
     return max(place for place, step in enumerate(steps) if step.at <= max(at, 0))
 
 
+def is_in_a_loop(code: types.CodeType, at: int) -> bool:
+    """Whether the instruction at an offset may be come to again."""
+    steps = read(code)
+    return place_of(steps, at) in _reached(steps, place_of(steps, at))
+
+
 def before(steps: list[dis.Instruction], place: int, values: int) -> int:
     """Return the last instruction before those that put so many values on the stack, which end before a place."""
     depth, place = 0, place - 1

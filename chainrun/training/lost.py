@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from chainrun.training import clocks, variables
-from chainrun.training.held import ATOMS, Kept, Place, frames, functions_of
+from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of
 from chainrun.training.liveness import Code, Key, Keys, live_in
 
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
@@ -112,6 +112,7 @@ class Variables:
         self._first: dict[str, str] = {}  # those at its first boundary
         self._first_at = -1
         self._differ: dict[str, tuple[list[Any], str]] = {}
+        self._later: Told = {}
         self._called: dict[str, list[types.CodeType]] = {}
         self._same: dict[tuple[types.FrameType, str], set[tuple[types.FrameType, str]]] = {}
 
@@ -161,6 +162,10 @@ class Variables:
         held = self._look(where)
         self._called = held.called
         self._note_begin(held)
+        running = {frame.f_code.co_name for frame in where}
+        self._later = {
+            n: noted for n, noted in told.items() if Place(*noted[:-1]).function not in {*running, None}
+        }
         for name, noted in told.items():
             now = held.places.get(name)
             bare = held.places.get(_variable_of(Place(*noted[:-1])))
@@ -168,6 +173,8 @@ class Variables:
                 self._differ[name] = noted, now.mark
             elif now is None and any(name.startswith(f"{giver}[") for giver in held.givers):
                 self._differ[name] = noted, ""
+            elif now is None and noted[0] == WEIGHTS:
+                self._differ[name] = noted, ""  # an empty dict, or another value, which is looked at
             elif now is None and bare is not None and _shown(bare.mark) == "None":
                 self._differ[name] = noted, bare.mark
         values = [
@@ -211,6 +218,21 @@ class Variables:
         elif self._differ:
             see_next(lambda ended, _: look(not ended))
 
+    @property
+    def waits(self) -> bool:
+        """Whether there is more to compare, of generators that have not begun yet."""
+        return bool(self._later)
+
+    def hear_later(self, tell: Callable[[str], None]) -> None:
+        """A loader's next batch is asked for, maybe by a generator of which the segment before has noted something."""
+        running = {frame.f_code.co_name for frame in self.frames()}
+        told = {n: noted for n, noted in self._later.items() if Place(*noted[:-1]).function in running}
+        if told:
+            later = self._later.keys() - told.keys()
+            rest = {name: self._later[name] for name in later}
+            self.hear(told, None, None, False, tell)
+            self._later = rest
+
     def lost(self, gives: bool | None, around_gives: bool = False) -> list[Loss]:
         """Return those of them that matter, at the same place; the arguments are those of `hear`."""
         differ, self._differ = self._differ, {}
@@ -244,7 +266,7 @@ class Variables:
             own = [frame for frame in where if frame.f_code.co_name == place.function]
             # a tensor is of no job: it was made from others, maybe from what is restored by now
             made = any((frame.f_code, ("local", place.base)) in from_state for frame in own)
-            fixed = not changed and not made and place.kind not in _TENSORS
+            fixed = not changed and not made and place.kind not in (*_TENSORS, WEIGHTS)
             if fixed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
                 continue
             if _is_made_once(place, now, changed):
@@ -267,7 +289,8 @@ def _is_made_once(place: Place, now: str, changed: bool | None) -> bool:
 
     A function's own variable that has changed later than that is no such thing: ``best = None``.
     """
-    return _shown(now) in _ONCE and not (changed and (place.is_variable or _shown(now) == "True"))
+    once = _shown(now) in _ONCE and place.kind != WEIGHTS
+    return once and not (changed and (place.is_variable or _shown(now) == "True"))
 
 
 def _is_read(

@@ -452,9 +452,8 @@ class Run:
 
     def _at_head(self, head: Pass) -> None:
         """A loop asks for its next turn; the rest of the boundary's loop body has run."""
-        if self._looks and head.advanced is None and not self.resumed:
-            self._looks -= 1
-            self._note_variables(self._variables.note_begin)
+        if self._looks and head.advanced is None:
+            self._look_at_variables()
         if self._due is not None and self._position.is_head(head):
             self._capture(head)
 
@@ -569,6 +568,14 @@ class Run:
         """Return what checkpoints hold."""
         loaders = [each for chain in self._loaders.values() for each in chain.belongings]
         return [self.state, *self.things(), *loaders]
+
+    def _look_at_variables(self) -> None:
+        """A loop begins, before the segment's first boundary."""
+        if not self.resumed:
+            self._looks -= 1
+            self._note_variables(self._variables.note_begin)
+        elif self._variables.waits:
+            self._note_variables(partial(self._variables.hear_later, self._tell_of_lost))
 
     def _names(self) -> dict[int, str]:
         """Return the names of the registered objects, by their ids."""
