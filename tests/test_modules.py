@@ -226,7 +226,9 @@ def test_a_copy_that_is_not_registered_is_refused() -> None:
     def training_with(kind: str) -> Any:
         def train(run: Any, DataLoader: Any) -> Any:
             model = small()
-            frozen = copy.deepcopy(model).eval() if kind == "before" else None  # whose averages change in train()
+            frozen = (
+                copy.deepcopy(model).eval() if kind == "before" else None
+            )  # whose averages change in train()
             run.register(model=model)
             if kind == "gone":
                 copy.deepcopy(model)

@@ -144,6 +144,7 @@ class Chain:
         self._pass: OnePass | None = None
         self._stands_in = False  # the function has got a `Skipped`
         self._unclear: str | None = None  # why the next pass could not be resumed
+        self._registered_with = self._items()
 
     @property
     def persistent(self) -> bool:
@@ -405,7 +406,14 @@ class Chain:
         ):  # not taken up since the last resume
             return self.saved
         place = self._pass.state_dict() if self._pass is not None and self._pass.running else None
-        return {"built": self._built(), **self.snapshot(), "pass": place, "large": self._fills.marks()}
+        large = self._fills.marks()
+        return {
+            "built": self._built(),
+            **self.snapshot(),
+            "pass": place,
+            "items": self._items(),
+            "large": large,
+        }
 
     def _built(self) -> dict[str, Any]:
         """Return what must not change while a run goes on."""
@@ -413,16 +421,33 @@ class Chain:
         names = ["rng", "batch_size", "drop_last"]
         if not self.counter:
             names += ["num_workers", "prefetch_factor", "persistent_workers"]
-        try:
-            length = len(loader.dataset)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
-            length = None
         return {
             **{name: getattr(loader, name) for name in names},
             "sampler": type(loader.sampler).__name__,
             "batch_sampler": type(loader.batch_sampler).__name__,
-            "length of the data set": length,
+            "length of the data set": self._registered_with,
         }
+
+    def _items(self) -> int | None:
+        """Return the length of the data set, which may change between two passes; None where it has none."""
+        try:
+            return len(self.loader.dataset)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+
+    def check_length(self) -> None:
+        """See that the data set is as long as in the pass that is to go on.
+
+        Raises:
+            RestoreError: it is not.
+        """
+        assert self.saved is not None
+        then, now = self.saved.get("items", self._items()), self._items()
+        if then != now:
+            raise RestoreError(
+                f"the data set of the loader '{self.name}' has {now} items, and had {then} in the pass that the "
+                "checkpoint was taken in: its batches could not be continued; give it the same items before the loop"
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state for the loader's next pass.

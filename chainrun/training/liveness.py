@@ -307,6 +307,21 @@ def written_in_the_loop(code: types.CodeType, at: int) -> set[str]:
     return {key[1] for step in body for what, key in step.effects if what == "write" and key[0] == "local"}
 
 
+def written_before_the_loop(code: types.CodeType, at: int) -> set[str]:
+    """Return the local variables that a turn of an outer loop has written before the loop around an offset began."""
+    steps = read(code)
+    place = place_of(steps, at)
+    loops = [n for n, step in enumerate(steps) if step.name == "FOR_ITER" and n < place < exit_of(step)]
+    if len(loops) < 2:
+        return set()
+    outer, inner = loops[-2:]
+    written, body = (
+        {key[1] for step in steps[a:b] for what, key in step.effects if what == "write" and key[0] == "local"}
+        for a, b in ((outer + 1, inner), (inner + 1, exit_of(steps[inner])))
+    )
+    return written - body
+
+
 def exit_of(loop: Step) -> int:
     """Return where a loop goes on after its last turn."""
     return max((way for way in loop.goes_on if way is not None), default=0)

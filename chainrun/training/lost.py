@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from chainrun.training import clocks, variables
 from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of
-from chainrun.training.liveness import Code, Key, Keys, live_in
+from chainrun.training.liveness import Code, Key, Keys, live_in, written_before_the_loop
 
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
 MOST = 300  # variables noted
@@ -195,6 +195,8 @@ class Variables:
         gives: bool | None,
         around_gives: bool,
         tell: Callable[[str], None],
+        *,
+        again: bool = False,
     ) -> None:
         """Where the loop goes on: compare, and tell of what is lost, before a line of the function runs.
 
@@ -205,11 +207,12 @@ class Variables:
             gives: whether there is one, where that is known already.
             around_gives: whether the loop around it has another turn.
             tell: called with a sentence, if there is something to tell.
+            again: whether the function has gone through this turn once more, from its head, and through a loop in it.
         """
         self.compare(told)
 
         def look(gives: bool | None) -> None:
-            losses = self.lost(gives, around_gives)
+            losses = self.lost(gives, around_gives, again=again)
             if losses:
                 tell(warning(losses))
 
@@ -233,7 +236,7 @@ class Variables:
             self.hear(told, None, None, False, tell)
             self._later = rest
 
-    def lost(self, gives: bool | None, around_gives: bool = False) -> list[Loss]:
+    def lost(self, gives: bool | None, around_gives: bool = False, *, again: bool = False) -> list[Loss]:
         """Return those of them that matter, at the same place; the arguments are those of `hear`."""
         differ, self._differ = self._differ, {}
         same, self._same = self._same, {}
@@ -274,7 +277,10 @@ class Variables:
             scopes = {None, *(frame.f_code for frame in own)}
             if any((scope, key) in measured for scope in scopes for key in _keys(place)):
                 continue
-            if _is_read(place, own, live, same):
+            # labels that the head of an epoch asks the model for: it has other weights now
+            heads = [written_before_the_loop(frame.f_code, frame.f_lasti) for frame in own] if again else []
+            of_the_head = made and place.kind in _TENSORS and any(place.base in names for names in heads)
+            if of_the_head or _is_read(place, own, live, same):
                 found.append(Loss(name, place, now))
         return found
 

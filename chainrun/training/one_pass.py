@@ -99,6 +99,7 @@ class OnePass:
         """Move to the checkpoint's batch; no item is loaded, the process's state stays as it is."""
         chain = self.chain
         assert chain.saved is not None
+        chain.check_length()
         chain.recall(chain.saved)
         chain.renew()
         saved = chain.saved["pass"]

@@ -597,7 +597,9 @@ class Run:
             gives = {loop: place["index"] < place["of"] for loop, place in ranges.items()}
             epochs = ranges.get("epochs", {"index": 0, "of": 0})
             around = owner != "epochs" and epochs["index"] + 1 < epochs["of"]
-            self._variables.hear(told, see_next, gives.get(str(owner)), around, self._tell_of_lost)
+            about = (see_next, gives.get(str(owner)), around)
+            again = owner is None and self._position.inside == "epochs"
+            self._variables.hear(told, *about, self._tell_of_lost, again=again)
         except Exception as error:  # a diagnosis: the training is well without it
             self._setting.say(f"what variables hold was not compared: {type(error).__name__}: {error}")
 
