@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import enum
 import functools
 import io
 import itertools
@@ -14,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -382,6 +384,158 @@ def smoothed(run: Any, DataLoader: Any) -> None:
         run.log(smoothed=sum(window) / len(window))
 
 
+def best_weights_of_an_object(run: Any, DataLoader: Any) -> None:
+    """As early stopping does: None at first, and no function's variable."""
+    model, optimizer, loader = begin(run, DataLoader)
+    stopping = types.SimpleNamespace(best=None)
+    for _ in run.epochs(3):
+        for batch in loader:
+            update(model, optimizer, batch)
+            run.step()
+        if stopping.best is None:
+            stopping.best = copy.deepcopy(model.state_dict())
+    model.load_state_dict(stopping.best)
+
+
+def best_weights_in_a_dict(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    kept: dict[str, Any] = {}
+    for epoch in run.epochs(3):
+        for batch in loader:
+            update(model, optimizer, batch)
+            run.step()
+        if not kept:
+            kept = {"epoch": epoch, "model": copy.deepcopy(model.state_dict())}
+    model.load_state_dict(kept["model"])
+
+
+class Phase(enum.Enum):
+    WARM = 1
+    MAIN = 2
+
+
+def phases(run: Any, DataLoader: Any) -> None:
+    """What a variable holds is neither a number nor a tensor."""
+    model, optimizer, loader = begin(run, DataLoader)
+    slow = torch.optim.SGD(model.parameters(), lr=0.01)
+    run.register(slow=slow)
+    phase, criterion, dtype, loss_of, used = (
+        Phase.WARM,
+        torch.nn.MSELoss(),
+        torch.float32,
+        torch.sum,
+        optimizer,
+    )
+    for _ in run.epochs(3):
+        for batch in loader:
+            out = model(batch.to(dtype).float())
+            loss = criterion(out, torch.zeros_like(out)) + loss_of(out.square())
+            used.zero_grad()
+            (loss * phase.value).backward()
+            used.step()
+            run.step()
+            if run.global_step == 2:
+                phase, criterion, dtype = Phase.MAIN, torch.nn.HuberLoss(delta=2.0), torch.bfloat16
+                loss_of, used = torch.mean, slow
+
+
+@dataclass
+class Moment:
+    state: torch.Tensor
+    reward: float
+
+
+def replayed_objects(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    memory: list[Moment] = []
+    for _ in run.steps(STEPS):
+        memory += [Moment(torch.randn(2), random.random()) for _ in range(50)]
+        update(model, optimizer, torch.stack([one.state for one in random.sample(memory, 4)]))
+
+
+def rates_of_the_restored(run: Any, DataLoader: Any) -> None:
+    """Read before the loop from what a resumed function has restored by then."""
+    model, optimizer, _ = begin(run, DataLoader)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step in run.steps(STEPS):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (step + 1) / STEPS
+        update(model, optimizer, torch.randn(2, 2))
+
+
+def loss_of_the_restored(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    first = model(torch.ones(2, 2)).square().mean().item()
+    for _ in run.epochs(3):
+        for batch in loader:
+            loss = model(batch).square().mean() / first
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step()
+
+
+def rates() -> Iterator[float]:
+    rate = 0.5
+    while True:
+        yield rate
+        rate *= 0.8
+
+
+def values_of_a_generator(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    schedule = rates()
+    for _ in run.epochs(3):
+        for batch in loader:
+            optimizer.param_groups[0]["lr"] = next(schedule)
+            update(model, optimizer, batch)
+            run.step()
+
+
+def scaled(loader: Any) -> Iterator[Any]:
+    scale = 1.0
+    while True:
+        for batch in loader:
+            yield batch * scale
+        scale *= 0.5
+
+
+def variable_of_a_generator_around_a_loader(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    source = scaled(loader)
+    for _ in run.steps(STEPS):
+        update(model, optimizer, next(source))
+
+
+class Scaling:
+    by = 1.0
+
+
+def attribute_of_a_class(run: Any, DataLoader: Any) -> None:
+    Scaling.by = 1.0
+    model, optimizer, loader = begin(run, DataLoader)
+    for _ in run.epochs(3):
+        for batch in loader:
+            update(model, optimizer, batch * Scaling.by)
+            Scaling.by *= 0.9
+            run.step()
+
+
+def labels_of_the_model(run: Any, DataLoader: Any) -> None:
+    """A resumed function asks it with the weights of the cut."""
+    model, optimizer, _ = begin(run, DataLoader)
+    inputs = torch.arange(16.0).view(8, 2)
+    for _ in run.epochs(3):
+        with torch.no_grad():
+            labels = model(inputs) * 2
+        for x, y in torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=2):
+            loss = (model(x) - y).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step()
+
+
 LOST = [
     (counter, "`seen` in counter() was 6 when the run was cut and is 0 here: keep it in run.state"),
     (running_average, "`average` in running_average()"),
@@ -409,15 +563,50 @@ LOST = [
     (hidden_state, "`hidden` in hidden_state()"),
     (data_class, "`stop.bad` in data_class()"),
     (smoothed, "`window` in smoothed()"),
+    (best_weights_of_an_object, "`stopping.best` in best_weights_of_an_object()"),
+    (best_weights_in_a_dict, "`kept['model']` in best_weights_in_a_dict()"),
+    *(
+        (phases, f"`{name}` in phases() ({then} then, {now} here)")
+        for name, then, now in (
+            ("phase", "Phase.MAIN", "Phase.WARM"),
+            ("criterion", "HuberLoss", "MSELoss"),
+            ("dtype", "torch.bfloat16", "torch.float32"),
+            ("loss_of", "_VariableFunctionsClass.mean", "_VariableFunctionsClass.sum"),
+            ("used", "slow", "optimizer"),
+        )
+    ),
+    (replayed_objects, "`memory` in replayed_objects() was 150 items when the run was cut and is [] here"),
+    (rates_of_the_restored, "`rates` in rates_of_the_restored()"),
+    (loss_of_the_restored, "`first` in loss_of_the_restored()"),
+    (values_of_a_generator, "`schedule` in values_of_a_generator()"),
+    (
+        variable_of_a_generator_around_a_loader,
+        "`scale` in scaled() was 0.5 when the run was cut and is 1.0 here",
+    ),
+    (attribute_of_a_class, "Scaling.by`"),
+    (labels_of_the_model, "`labels` in labels_of_the_model()"),
 ]
+LATE = {
+    best,
+    best_weights,
+    best_weights_of_an_object,
+    best_weights_in_a_dict,
+    variable_of_a_generator_around_a_loader,
+}
 
 
 @pytest.mark.parametrize(("train", "named"), LOST, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_variable_that_the_cut_loses_is_named(train: Any, named: str) -> None:
     """At every handoff, with its values where they are short."""
-    line = told(train, (7,) if train in (best, best_weights) else (3,))[0]
+    line = told(train, (7,) if train in LATE else (3,))[0]
     assert line.startswith("warning: ")
     assert named in line
+
+
+def test_a_segment_of_one_boundary_tells_as_well() -> None:
+    """From where its loop began; None that has got a value since then may be a cache."""
+    assert "`seen` in counter() was 2 when" in told(counter, (1,))[0]
+    assert "`seen` in counter() was 2 when" in told(counter, (3, 4))[1]
 
 
 # ---- what is not
