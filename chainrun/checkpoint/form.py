@@ -16,7 +16,7 @@ from chainrun.owned import is_users_own
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _TORCHS_OWN = vars(torch.nn.Module()).keys()
-NOTHING = "nothing"
+_NOTHING = "nothing"
 
 
 class Form:
@@ -34,32 +34,34 @@ class Form:
     def _parts(self) -> Iterator[tuple[str, str]]:
         for path, module in self._module.named_modules(remove_duplicate=False):
             yield path, type(module).__qualname__
-            for name, value in vars(module).items():
-                if name in HOOKS:
-                    hooks = [hook for hook in value.values() if is_users_own(_function(hook))]
-                    if hooks:
-                        yield f"{path}.{name}", " and ".join(_name(hook) for hook in hooks)
-                elif isinstance(value, _FUNCTIONS) and name not in _TORCHS_OWN:
+            own = vars(module)
+            for name in HOOKS:
+                hooks = [hook for hook in own.get(name, {}).values() if is_users_own(_function(hook))]
+                if hooks:
+                    yield f"{path}.{name}", " and ".join(_name(hook) for hook in hooks)
+            for name, value in own.items():
+                if name not in _TORCHS_OWN and isinstance(value, _FUNCTIONS):
                     yield f"{path}.{name}", _name(value)
 
     def changed(self) -> dict[str, str]:
         """Return what is not as it was built, by its place."""
-        here = dict(self._parts())
-        places = [*here, *(self._built.keys() - here.keys())]
-        return {p: here.get(p, NOTHING) for p in places if here.get(p) != self._built.get(p)}
+        return {place: here for place, (_, here) in self._differences(self._built).items()}
 
     def expect(self, saved: dict[str, str]) -> None:
         """Note what is not as `changed` said: the turn that begins may still make it so."""
+        self._lost = self._differences({**self._built, **saved})
+
+    def _differences(self, then: dict[str, str]) -> dict[str, tuple[str, str]]:
+        """Return what it was and what it is, by the places where that differs."""
         here = dict(self._parts())
-        then = {**self._built, **saved}
-        differs = (p for p in {**then, **here} if then.get(p, NOTHING) != here.get(p, NOTHING))
-        self._lost = {p: (then.get(p, NOTHING), here.get(p, NOTHING)) for p in differs}
+        pairs = {place: (then.get(place, _NOTHING), here.get(place, _NOTHING)) for place in {**then, **here}}
+        return {place: (was, now) for place, (was, now) in pairs.items() if was != now}
 
     def lost(self) -> Iterator[tuple[str, str, str]]:
         """Yield what the turn has not made so: the place, what it was, and what it is."""
         here = dict(self._parts()) if self._lost else {}
         for place, (then, mine) in self._lost.items():
-            if here.get(place, NOTHING) == mine:
+            if here.get(place, _NOTHING) == mine:
                 yield place, then, mine
         self._lost = {}
 

@@ -40,7 +40,7 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 _MAKE_IT_SO = (
-    "Make the same change before run.register(...) too, where run.epoch or run.global_step, which are restored by "
+    "make the same change before run.register(...) too, where run.epoch or run.global_step, which are restored by "
     "then, tell that it was done"
 )
 _MARK = "_chainrun_mark"  # the attribute of a registered module
@@ -116,8 +116,8 @@ class _Module:
         for place, then, mine in self._form.lost():
             raise RestoreError(
                 f"the module '{self._name}' is not made as it was when the run was cut: '{place.strip('.')}' was {then} "
-                f"and is {mine} here. A turn that is over has changed it, and a resumed function does not come by there. "
-                f"{_MAKE_IT_SO}; nothing was lost"
+                f"and is {mine} here. A turn that is over has changed it, and a resumed function does not come by there: "
+                f"{_MAKE_IT_SO}. Nothing was lost"
             )
 
     def state_dict(self) -> Any:
@@ -132,7 +132,7 @@ class _Module:
             raise RestoreError(
                 f"the module '{self._name}' is not the one that was saved: {shown}. Nothing was restored; "
                 "build it as it was, or start a new run. If the training itself changes it (torch.nn.utils.prune, a "
-                f"layer that is added): {_MAKE_IT_SO[0].lower()}{_MAKE_IT_SO[1:]}"
+                f"layer that is added): {_MAKE_IT_SO}"
             )
         self._module.load_state_dict(state)
 

@@ -406,14 +406,8 @@ class Chain:
         ):  # not taken up since the last resume
             return self.saved
         place = self._pass.state_dict() if self._pass is not None and self._pass.running else None
-        large = self._fills.marks()
-        return {
-            "built": self._built(),
-            **self.snapshot(),
-            "pass": place,
-            "items": self._items(),
-            "large": large,
-        }
+        rest = {"pass": place, "items": self._items(), "large": self._fills.marks()}
+        return {"built": self._built(), **self.snapshot(), **rest}
 
     def _built(self) -> dict[str, Any]:
         """Return what must not change while a run goes on."""
@@ -432,7 +426,7 @@ class Chain:
         """Return the length of the data set, which may change between two passes; None where it has none."""
         try:
             return len(self.loader.dataset)  # type: ignore[arg-type]
-        except (TypeError, NotImplementedError):
+        except (TypeError, NotImplementedError):  # an iterable one need not have a length
             return None
 
     def check_length(self) -> None:

@@ -27,13 +27,14 @@ from chainrun.training import clocks, rng, variables
 from chainrun.training.liveness import PROPERTY, Code, is_in_a_loop
 from chainrun.training.variables import NoMark
 
-ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _ITEMS, _ELEMENTS = 1000, 1 << 16  # of what is longer or larger a sample is looked at
 _DEPTH, _WIDTH = 5, 64
 _CODES = 2000  # functions of the user's that are read
+ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _BY_KEY = (dict, OrderedDict, defaultdict)
 _LISTS = (list, tuple, deque)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_VALUES = (*ATOMS, *_LISTS, *_BY_KEY, *_TENSORS)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LOADERS = ("chainrun.training.data", "chainrun.training.one_pass")
 _NOT_FOLLOWED = (*ATOMS, type, types.ModuleType, types.CodeType)
@@ -112,9 +113,7 @@ class Kept(variables.Held):
         if kind is types.FunctionType or issubclass(kind, type):
             own = vars(value) if is_users_own(value) and depth else {}
             for inner, one in [*own.items()]:
-                if not inner.startswith("__") and (
-                    type(one) in ATOMS or type(one) in (*_LISTS, *_BY_KEY, *_TENSORS)
-                ):
+                if not inner.startswith("__") and type(one) in _VALUES:
                     self._visit(one, f"{name}.{inner}", where, depth - 1)
         which = self._names.get(id(value)) or _which(value)
         if which is not None:
@@ -152,7 +151,7 @@ class Kept(variables.Held):
             self._frames.append(frame)
             return
         values = variables.locals_of(frame)
-        code = Code(functions_of([frame]), {("local", name) for name in values})
+        code = Code(functions_of([frame]), {("local", variable) for variable in values})
         live = code.live(frame.f_code, frame.f_lasti)
         held = {}
         for variable in sorted(values):
@@ -173,7 +172,8 @@ class Kept(variables.Held):
                 self.givers.add(name)
             if not self._is_copy_of_weights(value):
                 raise NoMark  # key by key
-            self._add(name + where, kind, False, self._mark({**value}))
+            its_mark = variables.mark([[*value], *map(_sampled, value.values())])
+            self._add(name + where, kind, False, its_mark)
             self.places[name + where] = self.places[name + where]._replace(kind=WEIGHTS)
             return
         if kind in (set, frozenset):
@@ -197,8 +197,6 @@ class Kept(variables.Held):
             self.places[name] = Place(kind.__name__, register, its_mark, self._base, self._function, parts)
 
     def _mark(self, value: Any) -> str:
-        if type(value) is dict:
-            return variables.mark([[*value], *map(_sampled, value.values())])
         found = variables.mark(_sampled(value))
         parts = type(value) not in (*_LISTS, Counter) or issubclass(
             type(next(iter(value), None)), torch.Tensor

@@ -231,8 +231,7 @@ class Variables:
         running = {frame.f_code.co_name for frame in self.frames()}
         told = {n: noted for n, noted in self._later.items() if Place(*noted[:-1]).function in running}
         if told:
-            later = self._later.keys() - told.keys()
-            rest = {name: self._later[name] for name in later}
+            rest = {n: noted for n, noted in self._later.items() if n not in told}
             self.hear(told, None, None, False, tell)
             self._later = rest
 
@@ -267,8 +266,8 @@ class Variables:
         for name, (noted, now) in differ.items():
             place, changed = places[name], noted[-1]
             own = [frame for frame in where if frame.f_code.co_name == place.function]
-            # a tensor is of no job: it was made from others, maybe from what is restored by now
             made = any((frame.f_code, ("local", place.base)) in from_state for frame in own)
+            # a tensor is of no job: it was made from others, maybe from what is restored by now
             fixed = not changed and not made and place.kind not in (*_TENSORS, WEIGHTS)
             if fixed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
                 continue

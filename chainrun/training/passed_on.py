@@ -130,7 +130,7 @@ def refuse_collected(name: str) -> None:
 def _collecting(frame: types.FrameType) -> str:
     """Return what collects what a loop gives, in the instruction that a frame is at."""
     listed = list(dis.get_instructions(frame.f_code))
-    place = max(n for n, step in enumerate(listed) if step.offset <= max(frame.f_lasti, 0))
+    place = place_of(read(frame.f_code), frame.f_lasti)
     if listed[place].opname == "FOR_ITER":  # a comprehension begins with an empty list
         is_one = place > 1 and listed[place - 1].opname == "SWAP" and "BUILD" in listed[place - 2].opname
         return "a comprehension" if is_one else ""
