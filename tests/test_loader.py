@@ -598,6 +598,44 @@ def test_loader_built_otherwise_is_refused_at_resume(what: str, after: int) -> N
         cut([before, training(**{"num_workers": 1, "epochs": 2, **changed})], (after,))
 
 
+def growing(run: Any, DataLoader: Any) -> str:
+    """A curriculum: every epoch has more items."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    subset = torch.utils.data.Subset(torch.randn(12, 2), range(4))  # type: ignore[arg-type]
+    loader = DataLoader(subset, batch_size=2, shuffle=True)
+    run.register(model=model, optimizer=optimizer, loader=loader)
+    for epoch in run.epochs(3):
+        subset.indices = range(4 + 2 * epoch)
+        for x in loader:
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss)
+    return digest(model.state_dict())
+
+
+def test_a_data_set_may_change_its_length_between_passes() -> None:
+    cut_everywhere(growing, least=9)
+
+
+def test_a_pass_over_another_length_is_refused_at_resume() -> None:
+    """Where the loop has made it another one since it was registered, and does not do so again."""
+
+    def once(run: Any, DataLoader: Any) -> None:
+        dataset = [float(n) for n in range(8)]
+        loader = DataLoader(dataset, batch_size=2)
+        run.register(loader=loader)
+        if not run.resumed:
+            dataset.extend([8.0, 9.0])
+        for _ in loader:
+            run.step()
+
+    with pytest.raises(RestoreError, match="has 8 items, and had 10 in the pass"):
+        cut(once, (2,))
+
+
 def test_sampler_that_does_not_repeat_is_refused_at_resume() -> None:
     """A sampler whose indices depend on what is not saved is found out before its batches are used."""
     first = training(sampler=Made(lambda d: [*range(10)]))

@@ -236,6 +236,95 @@ def test_a_generator_that_keeps_batches_for_later_turns_is_refused(around: Any, 
         cut(train)
 
 
+def collected(t: Any) -> Any:
+    return [t.turn(x) for x in t.loader]
+
+
+def collected_by_a_call(t: Any) -> Any:
+    return sum(t.turn(x) for x in t.loader)
+
+
+def collected_from_a_generator(t: Any) -> Any:
+    def turns() -> Any:
+        for x in t.loader:
+            yield t.turn(x)
+
+    return list(turns())
+
+
+def thrown_away(t: Any) -> Any:
+    [t.turn(x) for x in t.loader]
+    return 0
+
+
+def all_thrown_away(t: Any) -> Any:
+    list(t.turn(x) for x in t.loader)  # noqa: C400
+    return 0
+
+
+def training_with(loop: Any) -> Any:
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=8)
+
+        def turn(x: Any) -> float:
+            t.learn(x)
+            t.step()
+            return 1.0
+
+        t.turn = turn  # type: ignore[attr-defined]
+        for _ in run.epochs(2):
+            run.log(found=len(loop(t)) if loop in (collected, collected_from_a_generator) else loop(t))
+        return t.result()
+
+    return train
+
+
+@pytest.mark.parametrize("loop", [collected, collected_by_a_call, collected_from_a_generator])
+def test_what_collects_the_turns_of_a_loop_is_refused(loop: Any) -> None:
+    """A list that is in no variable yet is lost by a cut: at once, though nothing is cut."""
+    for cuts in ((), (3,)):
+        with pytest.raises(RegisterError, match="collects what the turns over the loader"):
+            cut(training_with(loop), cuts)
+
+
+@pytest.mark.parametrize("loop", [thrown_away, all_thrown_away])
+def test_a_comprehension_that_is_thrown_away_is_exact(loop: Any) -> None:
+    train = training_with(loop)
+    reference = plain(train)
+    for at in range(1, steps_of(reference)):
+        assert reference.difference(cut(train, (at,))) is None
+
+
+def windows(loader: Any) -> Any:
+    kept: list[Any] = []
+    for x in loader:
+        kept.append(x)
+        if len(kept) == 3:
+            yield kept
+            kept = []
+    if kept:
+        yield kept
+
+
+def test_the_rest_that_a_generator_gives_after_its_loop() -> None:
+    """A resumed generator gets nothing from a loader that is at its end: the cut waits for the next turn."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader, n=8)
+        for _ in run.epochs(2):
+            for window in windows(t.loader):
+                for x in window:
+                    t.learn(x)
+                t.step()
+        return t.result()
+
+    reference = plain(train)
+    every = range(1, steps_of(reference) + 1)
+    assert len(every) > 2
+    for cuts in [*((at,) for at in every), every]:
+        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+
+
 def scaled(loader: Any) -> Any:
     factors = [torch.ones(3), torch.full((3,), 0.5)]
     for batch in tqdm(loader, file=io.StringIO()):

@@ -19,7 +19,7 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from chainrun.checkpoint.objects import adapt
-from chainrun.errors import RegisterError
+from chainrun.errors import RegisterError, RestoreError
 
 # ---- averages --------------------------------------------------------------------------------------------
 
@@ -436,6 +436,96 @@ def test_attributes_that_have_not_changed_are_not_saved() -> None:
     model[1](torch.ones(2, 3))[0].sum().backward()
     optimizer.step()
     assert before["values"] == adapted.extra()["attributes"]["values"] == {}
+
+
+class Recorder:
+    """A hook that keeps a running mean, and adds it."""
+
+    def __init__(self) -> None:
+        self.mean, self.calls = torch.zeros(3), 0
+
+    def __call__(self, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        self.mean = self.mean * 0.9 + out.detach().mean(0) * 0.1
+        return self.count(module, args, out + self.mean)
+
+    def count(self, module: nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return out / self.calls
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_objects_in_hooks(bound: bool) -> None:
+    """Such an object is called with the module, and no variable needs to hold it."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        hook = Recorder()
+        model[0].register_forward_hook(hook.count if bound else hook)
+        del hook
+        loader = DataLoader(torch.randn(12, 3), batch_size=4, shuffle=True)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        step = updating(model, optimizer)
+        for n in run.epochs(3):
+            for x in loader:
+                run.step(loss=step(n, x))
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=9)
+
+
+def swap_a_layer(model: nn.Module) -> None:
+    model[1] = nn.Tanh()  # type: ignore[operator]
+
+
+def swap_a_function(model: nn.Module) -> None:
+    model.act = torch.tanh
+
+
+def add_a_hook(model: nn.Module) -> None:
+    model.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap_a_layer, "'1' was Tanh and is ReLU here"),
+        (swap_a_function, "'act' was .*tanh and is nothing here"),
+        (add_a_hook, "'_forward_hooks' was .*lambda.* and is nothing here"),
+    ],
+)
+def test_a_module_that_the_loop_changes_is_refused_where_it_is_not_changed_again(
+    change: Any, message: str
+) -> None:
+    """At the first boundary after the resume: the head of the turn that goes on may make the change once more."""
+
+    def training_that_changes(when: Any, before: Any = lambda run: False) -> Any:
+        def train(run: Any, DataLoader: Any) -> Any:
+            model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
+            if before(run):
+                change(model)
+            optimizer = optim.SGD(model.parameters(), lr=0.1)
+            loader = DataLoader(torch.randn(12, 3), batch_size=4, shuffle=True)
+            run.register(model=model, optimizer=optimizer, loader=loader)
+            step = updating(model, optimizer)
+            for n in run.epochs(3):
+                if when(n):
+                    change(model)
+                for x in loader:
+                    run.step(loss=step(n, x))
+            return digest(model.state_dict())
+
+        return train
+
+    once = training_that_changes(lambda n: n == 1)
+    reference = plain(once)
+    for cuts in ((3,), (4, 5), (6,)):  # the turn that goes on makes it again
+        assert reference.difference(cut(once, cuts)) is None
+    for cuts in ((7,), (8,)):
+        with pytest.raises(RestoreError, match=message):
+            cut(once, cuts)
+    by_hand = training_that_changes(lambda n: n == 1, lambda run: run.resumed and run.global_step > 6)
+    assert reference.difference(cut([once, by_hand], (7,))) is None
 
 
 class Drawing(nn.Module):
