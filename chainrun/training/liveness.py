@@ -322,6 +322,15 @@ def written_before_the_loop(code: types.CodeType, at: int) -> set[str]:
     return written - body
 
 
+def gives_after(code: types.CodeType, at: int) -> bool:
+    """Whether a generator gives anything after the loop at an offset, but by that loop begun anew."""
+    steps = read(code)
+    place = place_of(steps, at)
+    end = exit_of(steps[place])
+    ways = [step._replace(goes_on=()) if n == place else step for n, step in enumerate(steps)]
+    return any(steps[n].name.startswith(("YIELD", "SEND")) for n in {end} | _reached(ways, end))
+
+
 def exit_of(loop: Step) -> int:
     """Return where a loop goes on after its last turn."""
     return max((way for way in loop.goes_on if way is not None), default=0)

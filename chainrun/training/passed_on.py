@@ -21,7 +21,16 @@ import torch
 from chainrun.errors import RegisterError
 from chainrun.owned import is_users_own
 from chainrun.training.held import fields, functions_of
-from chainrun.training.liveness import Code, before, exit_of, live_in, place_of, read, written_in_the_loop
+from chainrun.training.liveness import (
+    Code,
+    before,
+    exit_of,
+    gives_after,
+    live_in,
+    place_of,
+    read,
+    written_in_the_loop,
+)
 from chainrun.training.variables import locals_of, users_frames
 
 _DEPTH = 2  # containers in containers
@@ -53,8 +62,13 @@ def to_the_code_after() -> PassedOn:
             key = (code, frame.f_lasti)
             if key not in _known:
                 found = _passed_on(where[where.index(frame) :])
-                # what a generator gives after its loop, a resumed one does not come to
-                _known[key] = PassedOn(found.changed, found.changed) if is_generator else found
+                if is_generator:  # what one gives after its loop, a resumed one does not come to
+                    found = (
+                        PassedOn(found.changed, found.changed)
+                        if gives_after(code, frame.f_lasti)
+                        else NOTHING
+                    )
+                _known[key] = found
             if _known[key].changed:
                 return _known[key]
         if not is_generator:
