@@ -86,8 +86,18 @@ class _Flow:
     def look(self, code: types.CodeType) -> None:
         loads: list[Key] = []  # since the last expression's end
         targets = False  # the last instruction stored a value, which the next one may store too
+        after: dict[
+            int, list[Key]
+        ] = {}  # by where a comprehension ends: it is one expression, from Python 3.12 in line
+        last, name = "", ""
         for step in dis.get_instructions(code):
-            name = step.opname
+            last, name = name, step.opname
+            loads = after.pop(step.offset, loads)
+            if name == "FOR_ITER" and last == "SWAP":
+                after[step.argval] = [*loads]
+                continue
+            if name == "POP_TOP" and last == "END_FOR":  # from Python 3.13 two that are one
+                continue
             names = [
                 str(each) for each in (step.argval if isinstance(step.argval, tuple) else (step.argval,))
             ]
