@@ -81,8 +81,7 @@ def train(run, rank, at, until, what, ballast=0):
     run.register(model=model, optimizer=optimizer)
     for index in run.steps(STEPS):
         if index in (at, until) and run.rank == rank and run.segment == 1:
-            while run._saving.busy:
-                time.sleep(0.001)
+            run._saving.settle()  # the removal of older checkpoints comes after the save
             begin(run, what) if index == at else end(run, what)
         run.log(loss=training.learn(model, optimizer))
     return sum(float(parameter.detach().double().sum()) for parameter in model.parameters())
