@@ -37,7 +37,7 @@ class Outcome:
     kind: Literal["done", "stopped", "failed", "retry", "idle", "halted", "locked", "lost", "follows"]
     """``retry``: failed, and may be tried again from the last checkpoint. ``idle``: there was nothing to do,
     the run is done, failed or cancelled, or its chain has stopped. ``halted``: the chain must not go on by itself.
-    ``locked``: another segment carries the run. ``lost``: rank 0 was killed, and this rank could not go on alone.
+    ``locked``: another segment carries the run. ``lost``: another rank was killed, and this one could not go on alone.
     ``follows``: another rank has failed, says so, and sees to what comes next."""
     reason: str = ""
     step: int = 0
@@ -343,9 +343,9 @@ class _Segment:
                 hint = "a loop that was over when the run was cut gives nothing to a resumed function: give the variable a "
                 hint += "value before that loop, or write the loop around it as `for epoch in run.epochs(n):`"
                 text, message = f"{text}{hint}\n", f"{message}; {hint}"
-        if rank and self._control is not None and self._control.lost():
-            # as if this one had been killed too: the run is well, and its next start goes on
-            say(f"rank 0 is gone, so rank {rank} ends at step {step}, with: {message}")
+        gone = self._control.gone() if self._control else None
+        if gone is not None:  # as if this one had been killed too: the run is well, and its next start goes on
+            say(f"rank {gone} is gone, so rank {rank} ends at step {step}, with: {message}")
             return Outcome("lost", message, step)
         where = f"rank {rank} failed in segment {self.number} at step {step}: "
         say(where + text)

@@ -578,6 +578,24 @@ def test_the_death_of_one_rank_ends_the_chain(tmp_path):
     assert exp.events("segment")[-1]["step"] == newest.step
 
 
+def test_a_rank_that_is_killed_is_no_error_of_those_that_wait_for_it(tmp_path):
+    """What torch.distributed says to them then does not make the run a failed one."""
+    args = {"folder": str(tmp_path), "steps": 8}
+    exp = Exp(
+        tmp_path, "functions.py:together", args=args, local={"tasks": 2}, checkpoint={"every": {"steps": 2}}
+    )
+    said = exp.finish(code=1)
+    newest = Store(exp.run).newest()
+    assert f"killed before it could save; the newest checkpoint is of step {newest.step}; to go on: " in said
+    assert not exp.run.failed.exists()
+    assert not exp.events("failed")
+    assert "rank 1 is gone, so rank 0 ends at step " in "".join(
+        log.read_text() for log in exp.run.jobs.glob("*log.*")
+    )
+    exp.finish()
+    assert exp.events("segment")[-1]["step"] == newest.step
+
+
 MISFITS = {
     "a registered name is missing": (
         {"names": "ab"},

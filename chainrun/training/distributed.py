@@ -23,6 +23,7 @@ from chainrun.rundir import RunDir, read_json, write_durably
 from chainrun.training.stop import Wish
 
 MEET = 600.0  # seconds for all ranks to start
+_ANSWER = 10.0  # seconds for a rank's side thread to answer; it may be waiting for SLURM or for the disk
 _POLL = 0.005
 
 
@@ -106,6 +107,7 @@ class Control:
             for _ in range(2)
         )
         self._sequence = 0
+        self._answered = -1
         self._all_returned = False
 
     # ---- training thread: see checkpoint.writer.Group
@@ -149,13 +151,25 @@ class Control:
         """Tell the others not to wait for this rank."""
         self._main.set(f"failed/{self.rank}", "1")
 
-    def lost(self) -> bool:
-        """Whether rank 0, which serves the store, has ended."""
+    def gone(self) -> int | None:
+        """Return a rank that has ended without a word, as one that was killed; None where there is none.
+
+        A collective in which such a rank took part fails on the others, and looks there like an error of theirs.
+        """
         try:
-            self._main.check(["lost"])
-        except RuntimeError:
-            return True
-        return False
+            call = self._main.add("calls", 1)
+            silent = [rank for rank in range(self.world_size) if self._main.check([f"here/{rank}"])]
+            until = time.monotonic() + _ANSWER
+            while silent and time.monotonic() < until:
+                time.sleep(_POLL)
+                silent = [rank for rank in silent if not self._accounts_for_itself(rank, call)]
+        except RuntimeError:  # rank 0 serves the store
+            return 0
+        return silent[0] if silent else None
+
+    def _accounts_for_itself(self, rank: int, call: int) -> bool:
+        said = (f"{how}/{rank}" for how in ("failed", "returned", "left"))
+        return any(self._main.check([key]) for key in said) or int(self._main.get(f"here/{rank}")) >= call
 
     def returned(self) -> None:
         """Say that this rank's function has returned; come back when every rank's has."""
@@ -172,14 +186,22 @@ class Control:
     def leave(self) -> None:
         """Rank 0 serves the store: it goes last."""
         try:
-            self._main.add("gone", 1)
+            self._main.set(f"left/{self.rank}", "1")
         except RuntimeError:
             return  # it was killed, or gave up waiting: how this rank's segment ended is not changed by that
         until = time.monotonic() + 30
-        while self.rank == 0 and time.monotonic() < until and self._main.add("gone", 0) < self.world_size:
+        everyone = [f"left/{rank}" for rank in range(self.world_size)]
+        while self.rank == 0 and time.monotonic() < until and not self._main.check(everyone):
             time.sleep(_POLL)
 
     # ---- side thread: see training.stop.Agreement
+
+    def answer(self) -> None:
+        """Say that this rank is there: at the first look, and when another asks (`gone`)."""
+        call = self._side.add("calls", 0)
+        if call != self._answered:
+            self._answered = call
+            self._side.set(f"here/{self.rank}", str(call))
 
     def ask(self, round_: int, wish: Wish) -> None:
         """Tell rank 0 of a wish."""

@@ -138,6 +138,8 @@ class SegmentEnd(BaseException):
 class Agreement(Protocol):
     """Lets the side threads of all ranks settle on one boundary."""
 
+    def answer(self) -> None: ...
+
     def ask(self, round_: int, wish: Wish) -> None: ...
 
     def announced(self, round_: int) -> Wish | None: ...
@@ -262,6 +264,7 @@ class Watch:
                     self._wish = wish
                     self.pending = True
             else:
+                self._agreement.answer()
                 self._settle(self._agreement, wish)
 
     def _observe(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def pids(run, folder: str, steps: int):
     run.register(model=torch.nn.Linear(2, 2))
     for _ in run.steps(steps):
         time.sleep(0.05)
+
+
+def together(run, folder: str, steps: int):
+    """Wait for the other ranks in every step; once, the last rank is killed while they wait for it."""
+    torch.distributed.init_process_group("gloo")
+    run.register(model=torch.nn.Linear(2, 2))
+    mark = Path(folder, "killed")
+    for _ in run.steps(steps):
+        if run.global_step == 5 and run.rank == run.world_size - 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.zeros(1))
