@@ -723,7 +723,8 @@ def test_workers_of_an_iterator_that_is_collected_from_a_cycle_are_not_waited_fo
         next(held[0])
         workers = [one for one in multiprocessing.active_children() if one not in others]
         held.append(held)
-        run._loaders["loader"]._pass = run._loaders["loader"]._inner = None
+        chain = run._registry.loaders["loader"]
+        chain._pass = chain._inner = None
         del held
         gc.collect()
         assert [worker.exitcode for worker in workers] == [-signal.SIGKILL] * 2

@@ -276,7 +276,7 @@ def test_whole_parameters_left_by_an_evaluation_are_no_others(tmp_path, mesh):
     weight = chainrun.Checkpoint(tmp_path / "checkpoints" / "step-00000001").load()["model"]["weight"]
     assert torch.equal(weight, model.weight.full_tensor())
     resumed = chainrun.Run(tmp_path, setting=Setting(say=lambda line: None))
-    assert len(resumed._saved["gradients"]["optimizer"]) == 2
+    assert len(resumed._registry.saved["gradients"]["optimizer"]) == 2
     resumed._close()
 
 

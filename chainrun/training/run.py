@@ -6,20 +6,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from chainrun.checkpoint import buckets, objects, sharded, shards, state
+from chainrun.checkpoint import buckets, objects, sharded, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import carried, data, resharding, rng, witness, worker
+from chainrun.training import data, rng, worker
+from chainrun.training.diagnosis import Diagnosis
 from chainrun.training.extent import Extent
-from chainrun.training.lost import Variables
 from chainrun.training.position import Pass, Position
+from chainrun.training.registry import Registry
 from chainrun.training.rhythm import Pace
 from chainrun.training.saving import Saving, Setting
 from chainrun.training.stop import SegmentEnd, Watch, Wish
@@ -69,34 +69,30 @@ class Run:
         self.state: dict[str, Any] = {}
         self._saving = Saving(self._run, setting, self._note_saved, self._wake, self.time_left)
         self._metrics = self._saving.metrics
-        self._objects: dict[str, objects.Stateful] = {}
-        self._loaders: dict[str, Any] = {}
-        self._registered: dict[int, tuple[str, Any]] = {}  # by id, which is unique while the object lives
+        self._registry = Registry(setting.say, self._bind, self.world_size)
         self.on_batch: Callable[[str, Any], None] | None = None
         self.on_place: Callable[[], None] | None = None  # told where a checkpoint is taken, or was
         self._ranges: dict[str, dict[str, Any]] = {}
         self._extent = Extent()
-        self._variables = Variables(self._belongings, self._names)
-        self._looks = 3  # at variables where a loop begins, until the first boundary
         self._due: Wish | None = None
         self._deferred = self._told_of_lacks = False
         self._ended: Wish | None = None
         self._saved_at: tuple[int, str | None] | None = None
-        self._size = 0  # bytes of the registered weights and two moments each
         self._warned = False
         self.restored_from: Committed | None = None
-        self._saved: dict[str, Any] | None = None
-        self._shards: shards.Shards | None = None
+        target = None
         if found := self._saving.load():
-            self.restored_from, self._saved = found
-            self._shards = shards.Shards(self.restored_from.path, self._saved, reshard=setting.reshard)
-            self.global_step, self.epoch = self._saved["global_step"], self._saved["epoch"]
-            self.state = state.copied(self._saved["state"])
+            self.restored_from, saved = found
+            self._registry.restore_from(*found, reshard=setting.reshard)
+            self.global_step, self.epoch, target = saved["global_step"], saved["epoch"], saved["position"]
+            self.state = state.copied(saved["state"])
             self._extent = Extent(self.restored_from.manifest.get("total"))
             setting.watch["pace"] = Pace(**self.restored_from.manifest["pace"])
-        self.resumed = self._saved is not None
-        target = self._saved and self._saved["position"]
-        self._position = Position(target, self._go_on, self._random_state, self._set_random_state)
+        self.resumed = self.restored_from is not None
+        registry = self._registry
+        self._position = Position(target, self._go_on, registry.random_state, registry.set_random_state)
+        about = (self._run, setting, registry, self._position, self.restored_from)
+        self._diagnosis = Diagnosis(*about, self._belongings, self._warn)
         self._watch = Watch(
             **setting.watch,
             stop_file=self._run.stop,
@@ -142,138 +138,33 @@ class Run:
                 "is resumed in a later turn would not come by. Build and register everything before the loop"
             )
         for name, thing in objects.items():
-            if name in self._objects or name in self._loaders:
-                raise RegisterError(
-                    f"register({name}=...) was called twice; every name stands for one object"
-                )
-            if id(thing) in self._registered:
-                raise RegisterError(
-                    f"register({name}=...) was given the object that is registered as "
-                    f"'{self._registered[id(thing)][0]}'; register it once"
-                )
-            saved = self._saved_for(name)
-            if isinstance(thing, data.DataLoader):
-                counter = worker.Counter(self.seed or 0, self.rank)
-                chain = data.bind(thing, name, self._position, self._at_head, counter)
-                chain.on_batch = self.on_batch
-                self._loaders[name] = chain
-                if saved is not None:
-                    chain.load_state_dict(self._moved(chain, saved))
-            else:
-                self._objects[name] = self._adapt(name, thing)
-                if saved is not None and not isinstance(thing, rng.GENERATORS):
-                    self._load(name)  # generators come last, as all that is random
-            self._registered[id(thing)] = (name, thing)
-            if isinstance(thing, torch.nn.Module):
-                self._register_inside(name, thing)
-                self._size += 3 * sum(parameter.nbytes for parameter in thing.parameters())
+            self._registry.add(name, thing)
 
-    def _register_inside(self, name: str, module: torch.nn.Module) -> None:
-        """Have the generators that a module keeps, or its code uses, among what is registered."""
-        found = [
-            one
-            for one in carried.find(*objects.unwrap(module).modules(), generators_only=True)
-            if id(one) not in self._registered and one is not torch.default_generator
-        ]
-        if found:
-            self._objects[f"{name}.generators"] = rng.Inside(name, found)
-
-    def _adapt(self, name: str, thing: Any) -> objects.Stateful:
-        if isinstance(thing, rng.GENERATORS):
-            return rng.Registered(thing)
-        if isinstance(thing, torch.utils.data.DataLoader):
-            raise RegisterError(
-                f"register({name}=...) was given a torch.utils.data.DataLoader, which cannot be resumed "
-                "exactly; build it as chainrun.DataLoader(...), with the same arguments"
-            )
-        if type(thing).__name__ == "StatefulDataLoader":
-            self._setting.say(
-                f"warning: '{name}' is torchdata's StatefulDataLoader, which does not restore its workers' "
-                "random state; chainrun.DataLoader does"
-            )
-        return objects.adapt(name, thing)
-
-    def _saved_for(self, name: str) -> Any:
-        if self._saved is None:  # at a fresh start, and where the function has gone on to its next phase
-            return None
-        for kind in ("objects", "loaders"):
-            if name in self._saved[kind]:
-                return self._saved[kind][name]
-        known = ", ".join([*self._saved["objects"], *self._saved["loaders"]]) or "nothing"
-        raise RestoreError(
-            f"register({name}=...): the checkpoint at step {self.global_step} has no '{name}', it holds {known}; "
-            "register what it holds under the same names, or start a new run"
-        )
-
-    def _moved(self, chain: data.Chain, saved: dict[str, Any]) -> dict[str, Any]:
-        """Return a loader's state for the present number of ranks."""
-        assert self.restored_from is not None
-        then = self.restored_from.manifest["world_size"]
-        return saved if then == self.world_size else resharding.moved(chain, saved, then, self.world_size)
-
-    def _load(self, name: str) -> None:
-        """Set a registered object to what was saved of it."""
-        assert self._saved is not None and self._shards is not None
-        thing, saved = self._objects[name], self._saved["objects"][name]
-        thing.load_state_dict(self._shards.fill(("objects", name), saved, shards.counterparts(thing)))
-
-    def _load_gradients(self) -> None:
-        assert self._saved is not None and self._shards is not None
-        saved, things = self._saved["gradients"], self._objects
-
-        def parameter(keys: sharded.Keys) -> tuple[Any, bool]:
-            _, owner, place = keys
-            return things[owner].parameters[place], False  # type: ignore[attr-defined]
-
-        objects.load_gradients(things, self._shards.fill(("gradients",), saved, parameter))
+    def _bind(self, name: str, loader: data.DataLoader[Any]) -> data.Chain:
+        counter = worker.Counter(self.seed or 0, self.rank)
+        chain = data.bind(loader, name, self._position, self._at_head, counter)
+        chain.on_batch = self.on_batch
+        return chain
 
     def _go_on(self) -> None:
         """The function has come to the place of the checkpoint: from here on it is the same training."""
-        saved = self._saved
-        assert saved is not None
-        missing = [
-            n for n in (*saved["objects"], *saved["loaders"]) if n not in {*self._objects, *self._loaders}
-        ]
-        if missing:
-            raise RestoreError(
-                f"the checkpoint at step {saved['global_step']} holds '{missing[0]}', which the function has not "
-                f"registered; call run.register({missing[0]}=...) before the loop"
-            )
-        for name in self._objects:
-            if name in saved["objects"]:  # a module that has got a generator since then
-                self._load(name)
-        objects.load_extras(self._objects, saved["extras"])
-        self._load_gradients()
-        lines = [line for chain in self._loaders.values() for line in chain.go_on()]
+        saved, lines = self._registry.go_on()
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
-        self._saved = self._shards = None
         self._gone_on = time.monotonic()
         rng.restore(rng.from_tensors(saved["rng"]))
-        if self._is_witnessed():
+        if self._diagnosis.expects_witness:
             owner = saved["position"]["owner"]
-            self._hear_witness(owner)
+            self._diagnosis.hear(owner, self._witnessed, self.global_step)
             rng.restore(rng.from_tensors(saved["rng"]))  # a state_dict() may draw
-            self._compare_variables(owner, saved["ranges"])
+            self._diagnosis.compare_variables(owner, saved["ranges"])
         for line in lines:
-            self._tell_of_lost(line)
+            self._diagnosis.tell(line)
         if self.on_place is not None:
             self.on_place()
 
-    def _random_state(self) -> dict[str, Any]:
-        """Return all that is random, and where the loaders' workers are, as tensors and plain data."""
-        generators = {n: o.state_dict() for n, o in self._objects.items() if isinstance(o, rng.Registered)}
-        loaders = {name: chain.snapshot() for name, chain in self._loaders.items()}
-        return {"global": rng.to_tensors(rng.capture()), "generators": generators, "loaders": loaders}
-
-    def _set_random_state(self, saved: dict[str, Any]) -> None:
-        """Go back to it, as far as its owners are registered by now."""
-        for name, chain in self._loaders.items():
-            if name in saved["loaders"]:
-                chain.set_snapshot(saved["loaders"][name])
-        for name in saved["generators"].keys() & self._objects.keys():
-            self._objects[name].load_state_dict(saved["generators"][name])
-        rng.restore(rng.from_tensors(saved["global"]))
+    def _witnessed(self) -> dict[str, Any]:
+        return {"rng": rng.to_tensors(rng.capture()), **self._registry.state(), "state": self.state}
 
     # ---- loops ---------------------------------------------------------------------------------
 
@@ -293,12 +184,12 @@ class Run:
                 self._ranges["epochs"] = {"index": index, "of": n, "random": None}
                 if place["entered"]:
                     # the code between `for epoch` and the loader runs again and draws what it drew then
-                    self._set_random_state(place["random"])
+                    self._registry.set_random_state(place["random"])
                 else:
                     self._at_head(mark)
                 place["entered"] = False
                 self.epoch = index
-                self._ranges["epochs"] = {"index": index, "of": n, "random": self._random_state()}
+                self._ranges["epochs"] = {"index": index, "of": n, "random": self._registry.random_state()}
                 self._position.push("epochs", what)
                 try:
                     yield index
@@ -344,8 +235,8 @@ class Run:
         """Return where a range starts; arrive where the checkpoint was taken at its head."""
         place: dict[str, Any] = {"index": 0, "entered": False}
         if what == "resume":
-            assert self._saved is not None
-            saved = self._saved["ranges"][loop]
+            assert self._registry.saved is not None
+            saved = self._registry.saved["ranges"][loop]
             place = {**saved, "entered": saved["random"] is not None}
             if self._position.owns(loop):
                 self._position.arrive()
@@ -393,18 +284,18 @@ class Run:
             raise SegmentEnd(self._ended)  # the function caught the first one
         self._saving.check()
         if not self._checked:
-            self._checked, self._next, self._looks = True, self._first_due, 0
+            self._checked, self._next = True, self._first_due
             self._setting.trains(None if self._gone_on is None else time.monotonic() - self._gone_on)
             self._position.refuse_by_hand()
-            objects.check(self._objects)
-            self._note_variables(partial(self._variables.note_first, self._position.boundaries))
-            things = [thing for _, thing in self._registered.values()]
+            registered, things = self._registry.objects, [thing for _, thing in self._registry.things()]
+            objects.check(registered)
+            self._diagnosis.first_boundary()
             for line in (
-                *objects.forgotten(self._objects, things),
-                *([] if self.resumed else objects.strangers(self._objects, things)),
+                *objects.forgotten(registered, things),
+                *([] if self.resumed else objects.strangers(registered, things)),
             ):
                 self._warn(line)
-            if not self._registered and not self.state:
+            if not things and not self.state:
                 self._warn(
                     "nothing is registered, so a checkpoint holds no weights and a resumed run begins with fresh ones; "
                     "call run.register(model=..., optimizer=...) before the loop"
@@ -452,8 +343,7 @@ class Run:
 
     def _at_head(self, head: Pass) -> None:
         """A loop asks for its next turn; the rest of the boundary's loop body has run."""
-        if self._looks and head.advanced is None:
-            self._look_at_variables()
+        self._diagnosis.look(head)
         if self._due is not None and self._position.is_head(head):
             self._capture(head)
 
@@ -485,7 +375,7 @@ class Run:
             self._save(wish, tree)
             self._saved_at = here
             if wish.kind == "stop":
-                self._leave_witness(wish, tree, owner)
+                self._diagnosis.leave(self._saving.newest, wish, tree, owner, self.time_left())
         if wish.kind == "stop":
             self._ended = wish
             self._watch.pending, self._next = True, 0  # a function that catches it gets it again
@@ -502,7 +392,7 @@ class Run:
             return (
                 f"the code after the loop over '{over[0]}' reads {_named(over[1])}, which that loop changes"
             )
-        for name, thing in self._registered.values():
+        for name, thing in self._registry.things():
             if isinstance(thing, torch.nn.Module) and sharded.unreduced(thing):
                 return f"gradients of '{name}' are still to be reduced over the ranks"
             if self.global_step == 1 and isinstance(thing, torch.nn.Module) and buckets.is_static(thing):
@@ -514,8 +404,9 @@ class Run:
         if self.on_place is not None:
             self.on_place()
         return {
-            **self._registered_state(),
-            "loaders": {name: chain.state_dict() for name, chain in self._loaders.items()},
+            **self._registry.state(),
+            "state": self.state,
+            "loaders": {name: chain.state_dict() for name, chain in self._registry.loaders.items()},
             "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
             "ranges": self._ranges,
@@ -524,96 +415,10 @@ class Run:
             "metrics": self._saving.settle_metrics(),
         }
 
-    def _registered_state(self) -> dict[str, Any]:
-        """What is registered, besides loaders, and the user's own values."""
-        return {
-            "objects": {name: thing.state_dict() for name, thing in self._objects.items()},
-            "extras": objects.extras(self._objects),
-            "gradients": objects.gradients(self._objects),
-            "state": self.state,
-        }
-
-    def _leave_witness(self, wish: Wish, tree: dict[str, Any], owner: str | None) -> None:
-        """What follows would be the next batch: leave its fingerprint, and the state's, for the next segment."""
-        seconds = witness.seconds_for(self.time_left(), wish.reason)
-        about = (tree, self._generators(), self._chain_of(owner))
-        held = partial(self._variables.noted, self._variables.frames(), self._position.boundaries)
-        for line in witness.give(self._saving.newest, self.rank, *about, seconds, held):
-            self._setting.say(line)
-
-    def _is_witnessed(self) -> bool:
-        """Whether the segment before should have left a witness of what this rank has restored."""
-        if self.restored_from is None:
-            return False
-        about = self.restored_from.manifest
-        return witness.is_expected(about["reason"]) and about["world_size"] == self.world_size
-
-    def _hear_witness(self, owner: str | None) -> None:
-        """Compare what the segment before left with what was restored, and with what comes next."""
-        assert self.restored_from is not None
-        step = self.global_step
-        try:
-            # on every rank, whatever each finds: a state_dict() may need the others
-            tree = {"rng": rng.to_tensors(rng.capture()), **self._registered_state()}
-            testimony = witness.read(self.restored_from.path, self.rank)
-            if not testimony:
-                self._setting.say(f"no witness at step {step}: the segment before could not leave one")
-                return
-            tell = partial(witness.report, self._run, self._setting, step)
-            witness.hear(testimony, tree, self._generators(), self._chain_of(owner), tell)
-        except Exception as error:  # a diagnosis: the training is well without it
-            self._setting.say(f"no witness at step {step}: {type(error).__name__}: {error}")
-
     def _belongings(self) -> list[Any]:
         """Return what checkpoints hold."""
-        loaders = [each for chain in self._loaders.values() for each in chain.belongings]
+        loaders = [each for chain in self._registry.loaders.values() for each in chain.belongings]
         return [self.state, *self.things(), *loaders]
-
-    def _look_at_variables(self) -> None:
-        """A loop begins, before the segment's first boundary."""
-        if not self.resumed:
-            self._looks -= 1
-            self._note_variables(self._variables.note_begin)
-        elif self._variables.waits:
-            self._note_variables(partial(self._variables.hear_later, self._tell_of_lost))
-
-    def _names(self) -> dict[int, str]:
-        """Return the names of the registered objects, by their ids."""
-        return {key: name for key, (name, _) in self._registered.items()}
-
-    def _note_variables(self, note: Callable[[], None]) -> None:
-        try:
-            note()
-        except Exception as error:  # as below
-            self._setting.say(f"what variables hold is not followed: {type(error).__name__}: {error}")
-
-    def _compare_variables(self, owner: str | None, ranges: dict[str, dict[str, Any]]) -> None:
-        """Tell of variables that the cut has lost, and that the function goes on to read."""
-        assert self.restored_from is not None
-        chain = self._chain_of(owner)
-        try:
-            told = witness.variables(self.restored_from.path, self.rank)
-            see_next = None if chain is None else chain.see_next
-            gives = {loop: place["index"] < place["of"] for loop, place in ranges.items()}
-            epochs = ranges.get("epochs", {"index": 0, "of": 0})
-            around = owner != "epochs" and epochs["index"] + 1 < epochs["of"]
-            about = (see_next, gives.get(str(owner)), around)
-            again = owner is None and self._position.inside == "epochs"
-            self._variables.hear(told, *about, self._tell_of_lost, again=again)
-        except Exception as error:  # a diagnosis: the training is well without it
-            self._setting.say(f"what variables hold was not compared: {type(error).__name__}: {error}")
-
-    def _tell_of_lost(self, line: str) -> None:
-        if self.is_main:
-            self._warn(line)
-        else:
-            print(f"chainrun: rank {self.rank}: warning: {line}", file=sys.stderr, flush=True)
-
-    def _generators(self) -> list[str]:
-        return [name for name, thing in self._objects.items() if isinstance(thing, rng.Registered)]
-
-    def _chain_of(self, owner: str | None) -> data.Chain | None:
-        return next((chain for chain in self._loaders.values() if chain.loop == owner), None)
 
     def _save(self, wish: Wish, tree: dict[str, Any], **about: Any) -> None:
         extent = {key: value for key, value in self.progress().items() if key in ("total", "fraction")}
@@ -630,7 +435,7 @@ class Run:
 
     def _guess_save_seconds(self) -> float:
         """Before the first save was timed: 100 MB/s, which a busy shared filesystem still gives."""
-        return 0.5 + self._size / 100e6
+        return 0.5 + self._registry.size / 100e6
 
     @property
     def passed_a_boundary(self) -> bool:
@@ -646,12 +451,12 @@ class Run:
 
     def registered(self) -> Iterator[tuple[str, objects.Stateful]]:
         """Yield the registered objects that are not loaders, by name."""
-        yield from self._objects.items()
+        yield from self._registry.objects.items()
 
     def things(self) -> list[Any]:
         """Return all that was registered, and what chainrun made for it."""
-        made = [chain.inner for chain in self._loaders.values()]
-        return [thing for _, thing in self._registered.values()] + made
+        made = [chain.inner for chain in self._registry.loaders.values()]
+        return [thing for _, thing in self._registry.things()] + made
 
     # ---- for the segment -----------------------------------------------------------------------
 
@@ -676,7 +481,7 @@ class Run:
 
     def progress(self) -> dict[str, Any]:
         """Return where the training is, for displays: ``step total fraction epoch metrics left``, None if unknown."""
-        passes = [chain.passed() for chain in self._loaders.values()]
+        passes = [chain.passed() for chain in self._registry.loaders.values()]
         total, fraction = self._extent.look(self.global_step, self._ranges, passes)
         shown = {k: v for k, v in self._metrics.latest.items() if isinstance(v, float) and k != "step"}
         return {
@@ -690,7 +495,7 @@ class Run:
 
     def _close(self) -> None:
         self._watch.close()
-        for chain in self._loaders.values():
+        for chain in self._registry.loaders.values():
             chain.close()
         self._saving.close()
 
