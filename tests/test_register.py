@@ -407,6 +407,26 @@ def test_an_optimizer_whose_module_is_not_registered_is_refused() -> None:
         cut(train)
 
 
+def test_a_loose_parameter_goes_on_where_it_is_registered_as_the_refusal_says() -> None:
+    """As the temperature of soft actor-critic; a list of another tensor than a Parameter has a copy of it."""
+
+    def train(run: Any, DataLoader: Any, make: Any = nn.Parameter) -> str:
+        loose = make(torch.zeros(1))
+        optimizer = torch.optim.Adam([loose], lr=0.1)
+        run.register(loose=nn.ParameterList([loose]), optimizer=optimizer)
+        for _ in run.steps(4):
+            optimizer.zero_grad()
+            loss = (loose.exp() * torch.randn(1)).sum()
+            loss.backward()
+            optimizer.step()
+            run.log(loss=loss)
+        return digest(loose)
+
+    sweep(train, 4)
+    with pytest.raises(RegisterError, match=r"register torch\.nn\.ParameterList"):
+        cut(lambda run, DataLoader: train(run, DataLoader, lambda tensor: tensor.requires_grad_()))
+
+
 def test_a_scheduler_that_is_not_registered_is_warned_of() -> None:
     """It may be on purpose, so the run goes on."""
 

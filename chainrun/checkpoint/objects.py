@@ -485,7 +485,8 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
             raise RegisterError(
                 f"the optimizer '{name}' trains {len(free)} parameters, the first of shape {tuple(free[0].shape)}, "
                 "that no registered object holds; a resumed run would lose what they have learned. Register the "
-                "module they belong to (loose ones: torch.nn.ParameterList([...]))"
+                "module they belong to; make loose ones, torch.zeros(1, requires_grad=True), torch.nn.Parameter(...) "
+                "and register torch.nn.ParameterList([...]) of them, which holds other tensors as copies"
             )
         if optimizer.is_scheduled and not any(map(optimizer.drives, originals)):
             yield (
