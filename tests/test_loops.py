@@ -155,6 +155,32 @@ def test_what_the_code_after_a_loop_reads_of_its_body(loop: Any) -> None:
     whole(train, waits=True)
 
 
+def test_training_and_evaluation_by_the_same_code() -> None:
+    """Both loaders are registered: between them the cut waits, too, for what the code after the first has to read."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loaders = {"train": t.loader, "val": DataLoader(items(4), batch_size=2)}
+        run.register(val=loaders["val"])
+        for _ in run.epochs(3):
+            for phase in ("train", "val"):
+                right = 0
+                for x in loaders[phase]:
+                    if phase == "train":
+                        t.learn(x)
+                    right += (t.model(x[0]) > 0).sum()
+                    if phase == "train":
+                        t.step()
+                run.log(**{phase: right.double()})  # type: ignore[attr-defined]
+        return t.result()
+
+    reference = plain(train)
+    for cuts in ((3,), (6,), (3, 6, 9)):
+        trained = cut(train, cuts)
+        assert reference.difference(trained) is None
+        assert lost(trained) == []
+
+
 class Meter:
     """A mean, as many trainings have one."""
 

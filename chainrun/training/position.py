@@ -424,7 +424,7 @@ class Position:
             return None
         if head is not None and head.passed_on.changed:
             return (head.loop, head.passed_on.changed)
-        at_the_first = head is None and scope.boundaries <= scope.rests_after + 1
+        at_the_first = scope.boundaries <= scope.rests_after + 1
         return scope.lacks or (scope.rests if at_the_first else None)
 
     @property
