@@ -286,6 +286,47 @@ def test_what_is_made_before_a_loop_and_not_changed_in_it_does_not_let_a_cut_wai
     assert not any("waits" in line for line in trained.said)
 
 
+def steps_in_a_turn(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        for _ in run.steps(2):
+            loss = learn(t.model, t.optimizer, torch.randn(2, 3))
+            run.log(loss=loss)
+        run.log(last=loss)
+        for _ in run.steps(2):
+            run.log(other=learn(t.model, t.optimizer, torch.randn(2, 3)))
+
+
+def the_last_of_all_epochs(run: Any, t: Tools) -> None:
+    for _ in run.epochs(2):
+        for x in t.loader:
+            loss = learn(t.model, t.optimizer, x)
+            run.step(loss=loss)
+    run.log(last=loss)
+
+
+def the_last_of_all_steps(run: Any, t: Tools) -> None:
+    batches = iter(t.loader)
+    for _ in run.steps(3):
+        loss = learn(t.model, t.optimizer, next(batches))
+        run.step(loss=loss)
+    run.log(last=loss)
+
+
+@pytest.mark.parametrize("loop", [steps_in_a_turn, the_last_of_all_epochs, the_last_of_all_steps])
+def test_what_the_code_after_a_range_reads_of_its_body(loop: Any) -> None:
+    """At its end a cut waits: for the next turn of `run.epochs()`, or for the function's end."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loop(run, t)
+        return t.result()
+
+    reference = plain(train)
+    every = range(1, steps_of(reference) + 1)
+    for cuts in [*((at,) for at in every), every]:
+        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+
+
 def test_what_only_a_finished_loop_gives_a_value_is_told_where_nothing_can_wait() -> None:
     """Where a plain range is around the loop, each later cut goes through that code again; what to do is said."""
 

@@ -16,7 +16,7 @@ from chainrun.checkpoint import buckets, objects, sharded, shards, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import carried, data, resharding, rng, witness, worker
+from chainrun.training import carried, data, passed_on, resharding, rng, witness, worker
 from chainrun.training.extent import Extent
 from chainrun.training.lost import Variables
 from chainrun.training.position import Pass, Position
@@ -305,6 +305,7 @@ class Run:
                 finally:
                     self._position.pop()
             self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
+            mark.passed_on = passed_on.to_the_code_after()
             self._at_head(mark)
             exhausted = True
         finally:
@@ -334,6 +335,7 @@ class Run:
                     self.step()
                 self._position.turn()
             self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
+            mark.passed_on = passed_on.to_the_code_after()
             self._at_head(mark)
             exhausted = True
         finally:
