@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import itertools
 import json
@@ -152,6 +153,178 @@ def test_what_the_code_after_a_loop_reads_of_its_body(loop: Any) -> None:
         assert (cuts, reference.difference(trained)) == (cuts, None)
         assert lost(trained) == []
     whole(train, waits=True)
+
+
+def test_training_and_evaluation_by_the_same_code() -> None:
+    """Both loaders are registered: between them the cut waits, too, for what the code after the first has to read."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loaders = {"train": t.loader, "val": DataLoader(items(4), batch_size=2)}
+        run.register(val=loaders["val"])
+        for _ in run.epochs(3):
+            for phase in ("train", "val"):
+                right = 0
+                for x in loaders[phase]:
+                    if phase == "train":
+                        t.learn(x)
+                    right += (t.model(x[0]) > 0).sum()
+                    if phase == "train":
+                        t.step()
+                run.log(**{phase: right.double()})  # type: ignore[attr-defined]
+        return t.result()
+
+    reference = plain(train)
+    for cuts in ((3,), (6,), (3, 6, 9)):
+        trained = cut(train, cuts)
+        assert reference.difference(trained) is None
+        assert lost(trained) == []
+
+
+class Meter:
+    """A mean, as many trainings have one."""
+
+    def __init__(self) -> None:
+        self.sum = self.count = 0.0
+
+    def update(self, value: float) -> None:
+        self.sum, self.count = self.sum + value, self.count + 1
+
+
+def kept_in_a_list(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        losses: list[float] = []
+        for x in t.loader:
+            t.learn(x)
+            losses.append(t.loss.item())
+            t.step()
+        run.log(mean=sum(losses) / len(losses))
+
+
+def kept_in_a_dict(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        kept: dict[str, Any] = collections.defaultdict(list)
+        kept["sum"] = 0.0
+        for x in t.loader:
+            t.learn(x)
+            kept["loss"].append(t.loss.item())
+            kept["sum"] += t.loss.item()
+            t.step()
+        run.log(mean=kept["sum"] / len(kept["loss"]))
+
+
+def kept_in_a_meter(run: Any, t: Tools) -> None:
+    def one_epoch() -> float:
+        meter = Meter()
+        for x in t.loader:
+            t.learn(x)
+            meter.update(t.loss.item())
+            t.step()
+        return meter.sum / meter.count
+
+    for _ in run.epochs(3):
+        run.log(mean=one_epoch())
+
+
+def kept_in_an_attribute(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        meter = Meter()
+        for x in t.loader:
+            t.learn(x)
+            meter.count += 1
+            meter.sum += t.loss.item()
+            t.step()
+        run.log(mean=meter.sum / meter.count)
+
+
+def kept_in_a_tensor(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        losses = torch.zeros(3)
+        for n, x in enumerate(t.loader):
+            t.learn(x)
+            losses[n] = t.loss.item()
+            t.step()
+        run.log(smallest=losses.min())
+
+
+@pytest.mark.parametrize(
+    "loop", [kept_in_a_list, kept_in_a_dict, kept_in_a_meter, kept_in_an_attribute, kept_in_a_tensor]
+)
+def test_what_a_loop_has_collected_for_the_code_after_it(loop: Any) -> None:
+    """A cut at the loop's end waits for the next turn; inside of the loop it is told, as of any variable."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loop(run, t)
+        return t.result()
+
+    reference = plain(train)
+    for cuts in ((3,), (6,), (3, 6)):
+        trained = cut(train, cuts)
+        assert trained.stopped_at == [*cuts]
+        assert reference.difference(trained) is None
+        assert lost(trained) == []
+    assert lost(cut(train, (4,))) != []
+
+
+def test_what_is_made_before_a_loop_and_not_changed_in_it_does_not_let_a_cut_wait() -> None:
+    """It is made again by a resumed turn."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for epoch in run.epochs(3):
+            weights, meter = [1.0, 2.0 + epoch], Meter()
+            for x in t.loader:
+                first = second = weights
+                t.learn([x[0] * first[0] * second[1] * (meter.count + 1 or weights[1])])
+                t.step()
+            run.log(weight=weights[1] + meter.count)
+        return t.result()
+
+    trained = cut(train, (3,))
+    assert plain(train).difference(trained) is None
+    assert not any("waits" in line for line in trained.said)
+
+
+def steps_in_a_turn(run: Any, t: Tools) -> None:
+    for _ in run.epochs(3):
+        for _ in run.steps(2):
+            loss = learn(t.model, t.optimizer, torch.randn(2, 3))
+            run.log(loss=loss)
+        run.log(last=loss)
+        for _ in run.steps(2):
+            run.log(other=learn(t.model, t.optimizer, torch.randn(2, 3)))
+
+
+def the_last_of_all_epochs(run: Any, t: Tools) -> None:
+    for _ in run.epochs(2):
+        for x in t.loader:
+            loss = learn(t.model, t.optimizer, x)
+            run.step(loss=loss)
+    run.log(last=loss)
+
+
+def the_last_of_all_steps(run: Any, t: Tools) -> None:
+    batches = iter(t.loader)
+    for _ in run.steps(3):
+        loss = learn(t.model, t.optimizer, next(batches))
+        run.step(loss=loss)
+    run.log(last=loss)
+
+
+@pytest.mark.parametrize("loop", [steps_in_a_turn, the_last_of_all_epochs, the_last_of_all_steps])
+def test_what_the_code_after_a_range_reads_of_its_body(loop: Any) -> None:
+    """At its end a cut waits: for the next turn of `run.epochs()`, or for the function's end."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        loop(run, t)
+        return t.result()
+
+    reference = plain(train)
+    every = range(1, steps_of(reference) + 1)
+    for cuts in [*((at,) for at in every), every]:
+        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
 
 
 def test_what_only_a_finished_loop_gives_a_value_is_told_where_nothing_can_wait() -> None:

@@ -82,6 +82,33 @@ def lazy() -> nn.Sequential:
     return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Tanh(), nn.Dropout(0.2), nn.LazyLinear(1))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantization_aware_training() -> None:
+    """The observers of weights have a shape of their own from the first batch on; they are switched off later."""
+    from torch.ao import quantization
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = nn.Sequential(
+            quantization.QuantStub(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1), quantization.DeQuantStub()
+        )
+        model.train().qconfig = quantization.get_default_qat_qconfig("fbgemm")  # type: ignore[assignment]
+        quantization.prepare_qat(model, inplace=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        run.register(model=model, optimizer=optimizer)
+        for n in run.steps(6):
+            if n == 3:
+                model.apply(quantization.disable_observer)
+            x = torch.randn(4, 3)
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.step(loss=loss, **marks(x, model, optimizer))
+        return digest(model.state_dict())
+
+    sweep(train, 6)
+
+
 def test_lazy_modules() -> None:
     """Parameters that are made in the first forward have their shapes from the checkpoint afterwards."""
 

@@ -294,6 +294,65 @@ def test_what_needs_no_gradient_leaves_those_that_were_left_out() -> None:
         assert reference.difference(cut(train, after=after)) is None
 
 
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph")
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_used_gradients_that_a_backward_adds_to_before_they_are_zeroed(graph: bool, sparse: bool) -> None:
+    """The generator's turn comes first; its backward leaves in the critic what nobody uses."""
+
+    def critic() -> nn.Module:
+        return nn.EmbeddingBag(5, 1, sparse=True, mode="sum") if sparse else small(1)
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        generator, judge = small(2), critic()
+        makes = optim.Adam(generator.parameters(), lr=0.01)
+        judges = (optim.SparseAdam if sparse else optim.Adam)(judge.parameters(), lr=0.01)
+        things = {"generator": generator, "judge": judge, "makes": makes, "judges": judges}
+        run.register(**things)
+
+        def judged(made: torch.Tensor) -> torch.Tensor:
+            if sparse:
+                return judge(torch.randint(5, (4, 2)), per_sample_weights=made.expand(4, 2)).mean()
+            return judge(made).mean()
+
+        for _ in run.steps(STEPS):
+            makes.zero_grad()
+            made = generator(torch.randn(4, 2))
+            judged(made).neg().backward(create_graph=graph)
+            makes.step()
+            judges.zero_grad()
+            loss = judged(made.detach()) - judged(torch.randn(4, 1))
+            loss.backward()
+            judges.step()
+            run.step(loss=loss, **marks(made, *things.values()))
+        return digest(*(thing.state_dict() for thing in things.values()))
+
+    cut_everywhere(train, least=STEPS)
+
+
+def test_what_is_added_to_a_gradient_that_was_left_out_cannot_be_used() -> None:
+    """Neither in the turn in which that happens, nor after another cut."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = small()
+        optimizer = optim.SGD(model.parameters(), lr=0.01)
+        run.register(model=model, optimizer=optimizer)
+        for n in run.steps(STEPS):
+            if n < 5:
+                optimizer.zero_grad()
+            loss = model(torch.randn(4, 3)).square().mean()
+            loss.backward()
+            if n != 5:
+                optimizer.step()
+            run.step(loss=loss)
+
+    for cuts in ((5,), (5, 6)):
+        with pytest.raises(
+            RestoreError, match=r"the gradient of parameter \d of the optimizer 'optimizer' is"
+        ):
+            cut(train, cuts)
+
+
 def test_used_gradients_that_are_replaced_are_not_saved(tmp_path: Path) -> None:
     """From the second step on a checkpoint holds weights and moments, no gradients."""
     model = small()

@@ -2,7 +2,8 @@
 
 Most trainings replace a gradient after the step that used it, so that a checkpoint need not hold it. Whether
 the next turn will do so too nobody knows. So a tensor without content takes its place after a restore: replaced
-like the others it costs nothing, and whatever would have needed the content is refused.
+like the others it costs nothing, and whatever would have needed the content is refused. A backward may add to it
+before it is replaced: a generator's does so to the discriminator's gradients, which are zeroed after that.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from chainrun.checkpoint import sharded
 from chainrun.errors import RestoreError
 
 _aten = torch.ops.aten
-_CARRYING = (_aten.detach.default, _aten.alias.default, _aten.view.default, _aten._to_copy.default)
+_CARRYING = (_aten.view.default, _aten._to_copy.default)
+_SAME = (_aten.detach.default, _aten.alias.default)
+_ADDING = {_aten.add_.Tensor: True, _aten.add.Tensor: False}
+"""What a backward adds with, whether in place; the other way with `create_graph`."""
 
 
 class LeftOut(torch.Tensor):
     """Stands for a gradient that the checkpoint left out, to be replaced by the next backward.
 
-    It has shape, dtype and device, and may be carried about with its parameter, to another device say. All that
-    asks for its content raises RestoreError.
+    It has shape, dtype and device, and may be carried about with its parameter, to another device say. The sum of
+    it and a new gradient is one again. All that asks for its content raises RestoreError.
     """
 
     _whose: str  # for the message
@@ -44,8 +48,9 @@ class LeftOut(torch.Tensor):
                 shape=like.shape,
                 stride=like.stride(),
             )
-        content = torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(like.shape)
-        made: LeftOut = torch.Tensor._make_subclass(LeftOut, content)
+        made: LeftOut = torch.Tensor._make_wrapper_subclass(
+            LeftOut, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
         made._whose = whose
         return made
 
@@ -53,7 +58,12 @@ class LeftOut(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         given = torch.utils._pytree.tree_leaves((args, kwargs))
         whose = next(one._whose for one in given if isinstance(one, cls))
-        if func not in _CARRYING:
+        adds = func in _ADDING and isinstance(args[0], cls)
+        if adds and _ADDING[func]:
+            return args[0]
+        if func in _SAME:
+            return cls.of(args[0], whose)
+        if func not in _CARRYING and not adds:
             raise RestoreError(
                 f"the gradient of {whose} is used once more ({func}), which the checkpoint left out: until then each "
                 "step had found new gradients in place of the used ones. Read gradients before run.step(). Where "

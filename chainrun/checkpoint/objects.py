@@ -124,7 +124,7 @@ class _Module:
         return self._module.state_dict()
 
     def load_state_dict(self, state: Any) -> None:
-        differences = list(_differences(self._module.state_dict(), state))
+        differences = list(_differences(self._module.state_dict(), state, self._resized()))
         if differences:
             shown = "; ".join(differences[:5]) + (
                 f"; and {len(differences) - 5} more" * (len(differences) > 5)
@@ -136,8 +136,20 @@ class _Module:
             )
         self._module.load_state_dict(state)
 
+    def _resized(self) -> set[str]:
+        """Return the names of the buffers that their module gives another shape when it loads them.
 
-def _differences(mine: Any, saved: Any) -> Iterator[str]:
+        torch.ao's observers do: how many channels there are they learn from the first batch.
+        """
+        return {
+            f"{path}.{name}".lstrip(".")
+            for path, module in self._module.named_modules(remove_duplicate=False)
+            if type(module).__module__.startswith("torch.ao.quantization.")
+            for name in module._buffers
+        }
+
+
+def _differences(mine: Any, saved: Any, resized: set[str]) -> Iterator[str]:
     for key in mine.keys() - saved.keys():
         yield f"{key} is not in the checkpoint"
     for key in saved.keys() - mine.keys():
@@ -148,7 +160,7 @@ def _differences(mine: Any, saved: Any) -> Iterator[str]:
             continue
         if torch.nn.parameter.is_lazy(a):
             continue
-        if a.shape != b.shape:
+        if a.shape != b.shape and not (key in resized and a.numel() <= 1):
             yield f"{key} has shape {tuple(a.shape)}, in the checkpoint {tuple(b.shape)}"
         elif a.dtype != b.dtype:
             yield f"{key} is {a.dtype}, in the checkpoint {b.dtype}"
@@ -473,7 +485,8 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
             raise RegisterError(
                 f"the optimizer '{name}' trains {len(free)} parameters, the first of shape {tuple(free[0].shape)}, "
                 "that no registered object holds; a resumed run would lose what they have learned. Register the "
-                "module they belong to (loose ones: torch.nn.ParameterList([...]))"
+                "module they belong to; make loose ones, torch.zeros(1, requires_grad=True), torch.nn.Parameter(...) "
+                "and register torch.nn.ParameterList([...]) of them, which holds other tensors as copies"
             )
         if optimizer.is_scheduled and not any(map(optimizer.drives, originals)):
             yield (

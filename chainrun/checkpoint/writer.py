@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from chainrun.checkpoint import image, replicas, sharded, state
+from chainrun.checkpoint import image, numpys, replicas, sharded, state
 from chainrun.checkpoint.layout import Planner
 from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file, seal
 from chainrun.errors import CheckpointError, DiskFullError, RegisterError
@@ -62,13 +62,21 @@ def ready(tree: dict[str, Any]) -> Ready:
     """Take the sharded tensors out of a rank's state, and look whether a checkpoint can hold it."""
     try:
         rest, shards = sharded.split(tree)
-        for key, value in rest.items():
-            state.check(value, "run.state" if key == "state" else key)
+        try:
+            _check(rest)
+        except RegisterError:
+            rest = numpys.split(rest)
+            _check(rest)
         return Ready(rest, shards)
     except RecursionError:
         return Ready({}, {}, "the state contains itself, or is nested too deeply")
     except RegisterError as error:
         return Ready({}, {}, str(error))
+
+
+def _check(tree: dict[str, Any]) -> None:
+    for key, value in tree.items():
+        state.check(value, "run.state" if key == "state" else key)
 
 
 def without_replicas(group: Group, mine: Ready) -> Ready:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,13 @@ _OVERWRITE = {  # methods after which nothing of the object is as it was
     *("clear", "reset", "zero_", "fill_", "copy_", "set_"),
     *("normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
 }
+_FILL = {  # methods that change what they are called on
+    *("append", "appendleft", "extend", "insert", "add", "update", "setdefault", "push", "put", "accumulate"),
+    *("add_", "sub_", "mul_", "div_", "lerp_", "copy_", "index_add_", "scatter_add_"),
+}
+_PARTS = ("LOAD_ATTR", "BINARY_SUBSCR", "BINARY_SLICE")  # of an object: to change one is to change the object
+_INDICES = ("LOAD_CONST", "LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "BUILD_SLICE")
+_INTO = ("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE")
 _UNNAMED = {  # called without its name: its reads count wherever the code is
     *(
         "__call__",
@@ -305,6 +313,39 @@ def written_in_the_loop(code: types.CodeType, at: int) -> set[str]:
     place = place_of(steps, at)
     body = steps[place + 1 : exit_of(steps[place])]
     return {key[1] for step in body for what, key in step.effects if what == "write" and key[0] == "local"}
+
+
+def filled_in_the_loop(code: types.CodeType, at: int) -> set[str]:
+    """Return the local variables that hold what the body of that loop adds to, and that were made for it.
+
+    It was made anew by the turn of a loop around it, or by this call of the function: a list, a dict, a meter.
+    """
+    steps, listed = read(code), list(dis.get_instructions(code))
+    place = place_of(steps, at)
+    around = [n for n, step in enumerate(steps) if step.name == "FOR_ITER" and n < place < exit_of(step)]
+    before = steps[around[-1] + 1 if around else 0 : place]
+    made = {key[1] for step in before for what, key in step.effects if what == "write" and key[0] == "local"}
+    found = set()
+    for n in range(place + 1, exit_of(steps[place])):
+        loaded = {key[1] for what, key in steps[n].effects if what == "use" and key[0] == "local"} & made
+        if loaded and _is_filled(listed[n + 1 :]):
+            found |= loaded
+    return found
+
+
+def _is_filled(then: list[dis.Instruction]) -> bool:
+    """Whether what was loaded is changed: ``x.append(…)``, ``x[k].append(…)``, ``x[k] = …``, ``x.n += …``."""
+    for step, following in itertools.pairwise(then):
+        name = step.opname
+        if name.startswith(
+            ("COPY", "DUP_TOP")
+        ):  # of the object, or of it and an index: loaded again to be changed
+            return following.opname.startswith(("COPY", *_PARTS))
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _FILL:
+            return True
+        if not name.startswith((*_PARTS, *_INDICES)):
+            return name in _INTO
+    return False
 
 
 def written_before_the_loop(code: types.CodeType, at: int) -> set[str]:

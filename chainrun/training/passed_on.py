@@ -25,6 +25,7 @@ from chainrun.training.liveness import (
     Code,
     before,
     exit_of,
+    filled_in_the_loop,
     gives_after,
     live_in,
     place_of,
@@ -82,7 +83,7 @@ def _passed_on(where: list[types.FrameType]) -> PassedOn:
     code = Code(functions_of(where), {("local", name) for name in names})
     live = live_in(code, where, gives=False)[where[0]]
     read_after = sorted(name for name in names if ("local", name) in live)
-    written = written_in_the_loop(frame, at)
+    written = written_in_the_loop(frame, at) | filled_in_the_loop(frame, at)
     changed = tuple(name for name in read_after if name in written)
     bound = code.bound_before(frame, at)
     return PassedOn(tuple(name for name in changed if name not in bound), changed)

@@ -417,14 +417,23 @@ class Position:
 
         A turn of `epochs` that is begun again has not got them: the capture waits for the next one.
         """
-        scope = self._scopes[-1]
-        if scope.loop is None and head is not None and [*self._running.values()] == [head]:
-            return (head.loop, head.passed_on.unbound) if head.passed_on.unbound else None  # what comes last
+        scope, mine = self._scopes[-1], NOTHING if head is None else head.passed_on
+        if scope.loop == "steps":
+            scope = self._scopes[-2]
+            if scope.loop == "epochs":
+                return ("steps", mine.changed) if mine.changed else scope.lacks
+        if scope.loop is None and head is not None:
+            is_range = head.loop in ("epochs", "steps")
+            others = [
+                one for one in self._running.values() if one is not head and not (is_range and one.held)
+            ]
+            if not others:
+                return (head.loop, mine.unbound) if mine.unbound else None  # what comes last
         if scope.loop != "epochs":
             return None
-        if head is not None and head.passed_on.changed:
-            return (head.loop, head.passed_on.changed)
-        at_the_first = head is None and scope.boundaries <= scope.rests_after + 1
+        if head is not None and mine.changed:
+            return (head.loop, mine.changed)
+        at_the_first = scope.boundaries <= scope.rests_after + 1
         return scope.lacks or (scope.rests if at_the_first else None)
 
     @property

@@ -15,7 +15,7 @@ from chainrun.checkpoint import buckets, objects, sharded, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, rng, worker
+from chainrun.training import data, passed_on, rng, worker
 from chainrun.training.diagnosis import Diagnosis
 from chainrun.training.extent import Extent
 from chainrun.training.position import Pass, Position
@@ -196,6 +196,7 @@ class Run:
                 finally:
                     self._position.pop()
             self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
+            mark.passed_on = passed_on.to_the_code_after()
             self._at_head(mark)
             exhausted = True
         finally:
@@ -225,6 +226,7 @@ class Run:
                     self.step()
                 self._position.turn()
             self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
+            mark.passed_on = passed_on.to_the_code_after()
             self._at_head(mark)
             exhausted = True
         finally:
