@@ -341,6 +341,22 @@ def variable_of_an_outer_function(run: Any, DataLoader: Any) -> None:
         one_step()
 
 
+def variable_of_a_running_outer_function(run: Any, DataLoader: Any) -> None:
+    """Named once, as the variable of the function that has it."""
+    model, optimizer, loader = begin(run, DataLoader)
+    count = 0
+
+    def turn() -> None:
+        nonlocal count
+        for x in loader:
+            count += 1
+            update(model, optimizer, x * count)
+            run.step()
+
+    for _ in run.epochs(2):
+        turn()
+
+
 def generator(run: Any, DataLoader: Any) -> None:
     model, optimizer, _ = begin(run, DataLoader)
     noise = np.random.default_rng(1)
@@ -559,6 +575,10 @@ LOST = [
     (module_global, ".CALLS`"),
     (value_in_a_global_dict, ".SUMS['loss']`"),
     (variable_of_an_outer_function, "`count` in variable_of_an_outer_function()"),
+    (
+        variable_of_a_running_outer_function,
+        "the variable `count` in variable_of_a_running_outer_function() was",
+    ),
     (generator, "`noise` in generator()"),
     (hidden_state, "`hidden` in hidden_state()"),
     (data_class, "`stop.bad` in data_class()"),

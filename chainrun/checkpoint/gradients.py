@@ -66,8 +66,8 @@ class LeftOut(torch.Tensor):
         if func not in _CARRYING and not adds:
             raise RestoreError(
                 f"the gradient of {whose} is used once more ({func}), which the checkpoint left out: until then each "
-                "step had found new gradients in place of the used ones. Read gradients before run.step(). Where "
-                "a training stops replacing them, remove this checkpoint and go on from an older one, or begin anew "
+                "step had found new gradients in place of the used ones. Read gradients before run.step(), or drop "
+                "them there by zero_grad(). Where a training stops replacing them, remove this checkpoint and go on from an older one, or begin anew "
                 "with zero_grad(set_to_none=False), which keeps them, and has every checkpoint hold them"
             )
         shown = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)

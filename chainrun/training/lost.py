@@ -281,12 +281,21 @@ class Variables:
             of_the_head = made and place.kind in _TENSORS and any(place.base in names for names in heads)
             if of_the_head or _is_read(place, own, live, same):
                 found.append(Loss(name, place, now))
-        return found
+        return [loss for loss in found if not _is_lent(loss, where, {one.name for one in found})]
 
 
 def _variable_of(place: Place) -> str:
     """Return the name of the function's variable that leads to a value."""
     return f"{place.base} in {place.function}()"
+
+
+def _is_lent(loss: Loss, where: list[types.FrameType], told: set[str]) -> bool:
+    """Whether it is the variable of a function around its own, and told of as that."""
+    base, function = loss.then.base, loss.then.function
+    path = loss.name.partition(" in ")[0]
+    lenders = [frame.f_code.co_name for frame in where if base in frame.f_code.co_cellvars]
+    borrows = any(base in frame.f_code.co_freevars for frame in where if frame.f_code.co_name == function)
+    return borrows and any(f"{path} in {lender}()" in told for lender in lenders)
 
 
 def _is_made_once(place: Place, now: str, changed: bool | None) -> bool:
