@@ -602,7 +602,7 @@ def growing(run: Any, DataLoader: Any) -> str:
     """A curriculum: every epoch has more items."""
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    subset = torch.utils.data.Subset(torch.randn(12, 2), range(4))  # type: ignore[arg-type]
+    subset = torch.utils.data.Subset(torch.randn(100, 2), range(4))  # type: ignore[arg-type]
     loader = DataLoader(subset, batch_size=2, shuffle=True)
     run.register(model=model, optimizer=optimizer, loader=loader)
     for epoch in run.epochs(3):

@@ -460,6 +460,29 @@ def test_what_collects_the_turns_of_a_loop_is_refused(loop: Any) -> None:
             cut(training_with(loop), cuts)
 
 
+def test_a_cut_where_an_evaluation_begins_is_none_of_its_batches() -> None:
+    """Nothing is collected over a boundary there, nor is a batch fetched ahead; cut twice, too."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        val = DataLoader(items(4), batch_size=1, shuffle=True)
+        run.register(val=val)
+        for _ in run.epochs(3):
+            for n, x in enumerate(t.loader):
+                t.learn(x)
+                t.step()
+                if n == 1:
+                    break
+            run.log(val=sum(t.model(x).sum().item() for (x,) in val))
+            for n, x in enumerate(val):
+                run.log(n=n, x=x[0].sum())
+                if n == 1:
+                    break
+        return t.result()
+
+    sweep(train, 6)
+
+
 @pytest.mark.parametrize("loop", [thrown_away, all_thrown_away])
 def test_a_comprehension_that_is_thrown_away_is_exact(loop: Any) -> None:
     train = training_with(loop)

@@ -156,7 +156,8 @@ class Position:
         waiting = self._waiting.get(new.loop)
         if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
             del self._waiting[new.loop]
-            new.boundaries, new.begun = -1, waiting["begun"]  # it has passed some in an earlier process
+            new.begun = waiting["begun"]
+            new.boundaries = 0 if waiting.get("fresh") else -1  # it has passed some in an earlier process
             new.held = waiting["held"]
             if self.walking and new.line is not None:
                 new.line = self._scopes[-1]  # not the line of another pass that the variable held before
@@ -492,7 +493,14 @@ class Position:
             "running": [
                 *self._waiting.values(),
                 *(
-                    {"loop": p.loop, "home": p.home, "ordinal": p.ordinal, "held": p.held, "begun": p.begun}
+                    {
+                        "loop": p.loop,
+                        "home": p.home,
+                        "ordinal": p.ordinal,
+                        "held": p.held,
+                        "begun": p.begun,
+                        "fresh": p.advanced is None and p.boundaries == self.boundaries,
+                    }
                     for p in self._running.values()
                     if p not in held and not p.stands_in
                 ),
