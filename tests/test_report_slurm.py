@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
 KEPT = Path(__file__).parent.parent / "artifacts" / "report"
 LOW = "PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=10 MaxTime=INFINITE State=UP"
 EVERY = 10  # steps between two saves
-EPOCHS, NAP = 7, 1.0  # 84 steps: a walltime has no room for what is left of them after two cuts
+EPOCHS, NAP = 9, 1.0  # 108 steps: a walltime has no room for what is left of them after two cuts
 
 
 def held(chain: Chain) -> dict:
@@ -83,7 +83,7 @@ def test_a_chain_cut_by_preemption_node_failure_and_walltime_is_shown_as_that(tm
         (node,) = chain.events("start")[1]["nodes"]
         lose_power(cluster, node, job, held(chain)["pid"])
 
-        chain.wait_done(250)
+        chain.wait_done(300)
         assert_same(chain, reference)
         said = chain.command("report", str(chain.run))
         assert said.split() == [str(chain.run / "report.html"), str(chain.run / "report.png")]
