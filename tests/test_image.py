@@ -270,7 +270,7 @@ def overlaps(tree: Any) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.sampled_from([(), (3,), (2, 4), (0,), (4, 1, 3)]), min_size=2, max_size=5),
     changes=st.lists(st.tuples(st.integers(0, len(CHANGES) - 1), st.integers(1, 4)), max_size=8),
