@@ -344,9 +344,8 @@ class _Segment:
                 hint += "value before that loop, or write the loop around it as `for epoch in run.epochs(n):`"
                 text, message = f"{text}{hint}\n", f"{message}; {hint}"
         gone = self._control.gone() if self._control else None
-        if (
-            gone is not None
-        ):  # as if this one had been killed too: the run is well, and its next start goes on
+        if gone is not None:
+            # as if this one had been killed too: the run is well, and its next start goes on
             say(f"rank {gone} is gone, so rank {rank} ends at step {step}, with: {message}")
             return Outcome("lost", message, step)
         where = f"rank {rank} failed in segment {self.number} at step {step}: "

@@ -60,10 +60,12 @@ def answering(*controls: Control) -> Iterator[None]:
     threads = [threading.Thread(target=look, args=[control]) for control in controls]
     for thread in threads:
         thread.start()
-    yield
-    over.set()
-    for thread in threads:
-        thread.join()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_a_rank_that_no_longer_answers_is_gone_for_each_that_asks(three) -> None:
@@ -74,6 +76,13 @@ def test_a_rank_that_no_longer_answers_is_gone_for_each_that_asks(three) -> None
         assert three[0].gone() == 2
         assert three[1].gone() == 2
     assert three[1].gone() in (0, 2)
+
+
+def test_a_rank_whose_own_side_thread_waits_is_not_gone_for_itself(three) -> None:
+    for control in three:
+        control.answer()
+    with answering(three[0], three[2]):
+        assert three[1].gone() is None
 
 
 @pytest.mark.parametrize("how", ["answers", "failed", "returned", "left", "was never there"])

@@ -76,6 +76,18 @@ class Tools:
         return digest(self.model.state_dict(), self.optimizer.state_dict())
 
 
+def cut_at_each_step(train: Any) -> list[Any]:
+    """Check that a training cut at each step, and at all of them, is the plain one; return the cut ones."""
+    reference = plain(train)
+    every = range(1, steps_of(reference) + 1)
+    found = []
+    for cuts in [*((at,) for at in every), every]:
+        trained = cut(train, cuts)
+        assert (cuts, reference.difference(trained)) == (cuts, None)
+        found.append(trained)
+    return found
+
+
 # ---- what a loop's body passes on ---------------------------------------------------------------------
 
 
@@ -146,11 +158,7 @@ def test_what_the_code_after_a_loop_reads_of_its_body(loop: Any) -> None:
         loop(run, t)
         return t.result()
 
-    reference = plain(train)
-    every = range(1, steps_of(reference) + 1)
-    for cuts in [*((at,) for at in every), every]:
-        trained = cut(train, cuts)
-        assert (cuts, reference.difference(trained)) == (cuts, None)
+    for trained in cut_at_each_step(train):
         assert lost(trained) == []
     whole(train, waits=True)
 
@@ -321,10 +329,7 @@ def test_what_the_code_after_a_range_reads_of_its_body(loop: Any) -> None:
         loop(run, t)
         return t.result()
 
-    reference = plain(train)
-    every = range(1, steps_of(reference) + 1)
-    for cuts in [*((at,) for at in every), every]:
-        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+    cut_at_each_step(train)
 
 
 def test_what_only_a_finished_loop_gives_a_value_is_told_where_nothing_can_wait() -> None:
@@ -514,11 +519,7 @@ def test_the_rest_that_a_generator_gives_after_its_loop() -> None:
                 t.step()
         return t.result()
 
-    reference = plain(train)
-    every = range(1, steps_of(reference) + 1)
-    assert len(every) > 2
-    for cuts in [*((at,) for at in every), every]:
-        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+    assert len(cut_at_each_step(train)) > 3
 
 
 def scaled(loader: Any) -> Any:
@@ -1438,10 +1439,7 @@ def test_an_iterator_that_outlives_the_turn_that_made_it(loop: Any) -> None:
         loop(run, t, other)
         return t.result()
 
-    reference = plain(train)
-    every = range(1, steps_of(reference) + 1)
-    for cuts in [*((at,) for at in every), every]:
-        assert (cuts, reference.difference(cut(train, cuts))) == (cuts, None)
+    cut_at_each_step(train)
     whole(train, waits=True)
 
 

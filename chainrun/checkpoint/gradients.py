@@ -19,8 +19,7 @@ from chainrun.errors import RestoreError
 _aten = torch.ops.aten
 _CARRYING = (_aten.view.default, _aten._to_copy.default)
 _SAME = (_aten.detach.default, _aten.alias.default)
-_ADDING = {_aten.add_.Tensor: True, _aten.add.Tensor: False}
-"""What a backward adds with, whether in place; the other way with `create_graph`."""
+_ADD_IN_PLACE, _ADD = _aten.add_.Tensor, _aten.add.Tensor  # a backward's sum; the latter with `create_graph`
 
 
 class LeftOut(torch.Tensor):
@@ -58,17 +57,18 @@ class LeftOut(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         given = torch.utils._pytree.tree_leaves((args, kwargs))
         whose = next(one._whose for one in given if isinstance(one, cls))
-        adds = func in _ADDING and isinstance(args[0], cls)
-        if adds and _ADDING[func]:
+        to_one = isinstance(args[0], cls)
+        if func is _ADD_IN_PLACE and to_one:
             return args[0]
         if func in _SAME:
             return cls.of(args[0], whose)
-        if func not in _CARRYING and not adds:
+        if func not in _CARRYING and not (func is _ADD and to_one):
             raise RestoreError(
                 f"the gradient of {whose} is used once more ({func}), which the checkpoint left out: until then each "
                 "step had found new gradients in place of the used ones. Read gradients before run.step(), or drop "
-                "them there by zero_grad(). Where a training stops replacing them, remove this checkpoint and go on from an older one, or begin anew "
-                "with zero_grad(set_to_none=False), which keeps them, and has every checkpoint hold them"
+                "them there by zero_grad(). Where a training stops replacing them, remove this checkpoint and go on "
+                "from an older one, or begin anew with zero_grad(set_to_none=False), which keeps them, and has every "
+                "checkpoint hold them"
             )
         shown = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
         return cls.of(func(shown, *args[1:], **(kwargs or {})), whose)

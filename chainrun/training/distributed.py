@@ -158,7 +158,8 @@ class Control:
         """
         try:
             call = self._main.add("calls", 1)
-            silent = [rank for rank in range(self.world_size) if self._main.check([f"here/{rank}"])]
+            others = {*range(self.world_size)} - {self.rank}
+            silent = [rank for rank in sorted(others) if self._main.check([f"here/{rank}"])]
             until = time.monotonic() + _ANSWER
             while silent and time.monotonic() < until:
                 time.sleep(_POLL)

@@ -337,9 +337,8 @@ def _is_filled(then: list[dis.Instruction]) -> bool:
     """Whether what was loaded is changed: ``x.append(…)``, ``x[k].append(…)``, ``x[k] = …``, ``x.n += …``."""
     for step, following in itertools.pairwise(then):
         name = step.opname
-        if name.startswith(
-            ("COPY", "DUP_TOP")
-        ):  # of the object, or of it and an index: loaded again to be changed
+        if name.startswith(("COPY", "DUP_TOP")):
+            # of the object, or of it and an index: loaded again to be changed
             return following.opname.startswith(("COPY", *_PARTS))
         if name in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _FILL:
             return True
