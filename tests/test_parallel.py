@@ -39,7 +39,8 @@ def test_two_ranks_over_a_loader_are_exact_at_every_cut(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("ranks", "kind"), [(4, "default"), (3, "accumulated"), (3, "static"), (4, "compressed")]
+    ("ranks", "kind"),
+    [(4, "default"), (3, "accumulated"), (3, "static"), (4, "compressed"), (2, "attacked")],
 )
 def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str, tmp_path: Path) -> None:
     """Cut at several steps and at each, the ranks have the plain program's bits, however DDP is set up."""
@@ -49,7 +50,7 @@ def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str
 
 ALONE = """
 import sys, torch, chainrun, pytest
-from chainrun.errors import RegisterError
+from chainrun.errors import RegisterError, RestoreError
 torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
 run = chainrun.Run(sys.argv[1] + ".run")
@@ -58,10 +59,74 @@ run = chainrun.Run(sys.argv[1] + ".run")
 
 def alone(tmp_path: Path, code: str) -> None:
     """Run code on one rank whose model is wrapped."""
-    env = os.environ | {"PYTHONPATH": str(Path(chainrun.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "PYTHONPATH": f"{Path(chainrun.__file__).parents[1]}:{PROGRAM.parents[1]}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-c", ALONE + code, str(tmp_path / "meet")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+STEPS_THAT_ADD = """
+import chain
+def train(run, DataLoader):
+    inner = torch.nn.Linear(1, 1)
+    model = torch.nn.parallel.DistributedDataParallel(inner, gradient_as_bucket_view=VIEWS)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    run.register(model=model, optimizer=optimizer)
+    for n in run.steps(5):
+        if n < 3:
+            optimizer.zero_grad()
+        loss = model(torch.ones(1, 1)).mean()
+        loss.backward()
+        optimizer.step()
+        run.step(loss=loss)
+assert chain.plain(train).difference(chain.cut(train, (4,))) is None
+"""
+REFUSED = """
+with pytest.raises(RestoreError, match="is used once more"):
+    chain.cut(train, (3,))
+"""
+SAVED = """
+assert chain.plain(train).difference(chain.cut(train, (3,))) is None
+"""
+
+
+def test_gradients_that_were_left_out_cannot_be_used_after_their_average(tmp_path: Path) -> None:
+    """The buckets that they went through hold no number, and no step is done with it."""
+    alone(tmp_path, STEPS_THAT_ADD.replace("VIEWS", "False") + REFUSED)
+
+
+HOOKED = """
+import chain
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+def train(run, DataLoader):
+    inner = torch.nn.Linear(1, 1)
+    model = torch.nn.parallel.DistributedDataParallel(inner)
+    model.register_comm_hook(None, default_hooks.allreduce_hook)
+    optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+    run.register(model=model, optimizer=optimizer)
+    for n in run.steps(5):
+        model(torch.ones(1, 1)).mean().backward()
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 1)).mean()
+        loss.backward()
+        optimizer.step()
+        run.step(loss=loss)
+with pytest.raises(RestoreError, match="is used once more"):
+    chain.cut(train, (3,))
+"""
+
+
+def test_a_hook_does_not_see_gradients_that_were_left_out(tmp_path: Path) -> None:
+    """It may keep what it sees for later steps, as one that feeds errors back does."""
+    alone(tmp_path, HOOKED)
+
+
+def test_gradients_that_are_views_of_buckets_are_saved(tmp_path: Path) -> None:
+    """They are the same tensors at each step, so that nothing is left out."""
+    alone(tmp_path, STEPS_THAT_ADD.replace("VIEWS", "True") + SAVED)
 
 
 def test_uneven_inputs_are_refused(tmp_path: Path) -> None:

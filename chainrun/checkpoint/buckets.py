@@ -82,6 +82,15 @@ def is_static(module: torch.nn.Module) -> bool:
     return any(ddp.static_graph for ddp in _wrappers(module))
 
 
+def averaged(module: torch.nn.Module) -> set[int]:
+    """Return the ids of the parameters whose gradients a wrapper copies to its buckets, averages and copies back.
+
+    Not of one whose gradients are views of its buckets, nor of one with a hook, which may keep what it sees.
+    """
+    copying = [ddp for ddp in _wrappers(module) if not (ddp.gradient_as_bucket_view or ddp._comm_hooks)]
+    return {id(parameter) for ddp in copying for parameter in _parameters(ddp)[0]}
+
+
 def _wrappers(module: torch.nn.Module) -> Iterator[DistributedDataParallel]:
     """Yield the wrappers, registered or not, in the order that all ranks have."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -8,6 +8,7 @@ before it is replaced: a generator's does so to the discriminator's gradients, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,19 +21,22 @@ _aten = torch.ops.aten
 _CARRYING = (_aten.view.default, _aten._to_copy.default)
 _SAME = (_aten.detach.default, _aten.alias.default)
 _ADD_IN_PLACE, _ADD = _aten.add_.Tensor, _aten.add.Tensor  # a backward's sum; the latter with `create_graph`
+_TO_BUCKET, _FROM_BUCKET = _aten.mul.out, _aten.copy_.default  # of DistributedDataParallel, without hooks
 
 
 class LeftOut(torch.Tensor):
     """Stands for a gradient that the checkpoint left out, to be replaced by the next backward.
 
     It has shape, dtype and device, and may be carried about with its parameter, to another device say. The sum of
-    it and a new gradient is one again. All that asks for its content raises RestoreError.
+    it and a new gradient is one again, and so is the mean of such sums over the ranks, where nothing but it is
+    made of the bucket. All else that asks for its content raises RestoreError.
     """
 
     _whose: str  # for the message
+    _averaged: bool  # by DistributedDataParallel, which copies it to a bucket and back
 
     @staticmethod
-    def of(like: torch.Tensor, whose: str) -> torch.Tensor:
+    def of(like: torch.Tensor, whose: str, averaged: bool = False) -> torch.Tensor:
         """Return one for a tensor like this, a DTensor for a DTensor."""
         if sharded.is_sharded(like):
             from torch.distributed.tensor import DTensor
@@ -50,18 +54,23 @@ class LeftOut(torch.Tensor):
         made: LeftOut = torch.Tensor._make_wrapper_subclass(
             LeftOut, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        made._whose = whose
+        made._whose, made._averaged = whose, averaged
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         given = torch.utils._pytree.tree_leaves((args, kwargs))
-        whose = next(one._whose for one in given if isinstance(one, cls))
+        whose, averaged = next((one._whose, one._averaged) for one in given if isinstance(one, cls))
         to_one = isinstance(args[0], cls)
         if func is _ADD_IN_PLACE and to_one:
             return args[0]
+        if averaged and to_one and torch._C._current_graph_task_id() >= 0:  # in a backward
+            if func is _TO_BUCKET and not isinstance(kwargs["out"], cls):
+                return kwargs["out"].fill_(math.nan)
+            if func is _FROM_BUCKET:
+                return args[0]
         if func in _SAME:
-            return cls.of(args[0], whose)
+            return cls.of(args[0], whose, averaged)
         if func not in _CARRYING and not (func is _ADD and to_one):
             raise RestoreError(
                 f"the gradient of {whose} is used once more ({func}), which the checkpoint left out: until then each "
@@ -71,7 +80,7 @@ class LeftOut(torch.Tensor):
                 "checkpoint hold them"
             )
         shown = torch.empty((), dtype=args[0].dtype, device=args[0].device).expand(args[0].shape)
-        return cls.of(func(shown, *args[1:], **(kwargs or {})), whose)
+        return cls.of(func(shown, *args[1:], **(kwargs or {})), whose, averaged)
 
 
 def _is_left_out(grad: torch.Tensor) -> bool:
@@ -138,13 +147,18 @@ class Gradients:
         """Take what `left_out` returned when the checkpoint was taken."""
         self._absent = left_out
 
-    def settle(self) -> None:
-        """All gradients that were saved are set: make up for those that were left out."""
+    def settle(self, averaged: set[int]) -> None:
+        """All gradients that were saved are set: make up for those that were left out.
+
+        Args:
+            averaged: see `buckets.averaged`.
+        """
         parameters = self._parameters()
         for place in self._absent:
             parameter = parameters[place]
             self._renewed[id(parameter)] = True
             if parameter.grad is None:
-                parameter.grad = LeftOut.of(parameter, f"parameter {place} of the optimizer '{self._name}'")
+                whose = f"parameter {place} of the optimizer '{self._name}'"
+                parameter.grad = LeftOut.of(parameter, whose, id(parameter) in averaged)
             else:  # another optimizer is still to use it
                 vars(parameter.grad).setdefault("_used_by", {})[self._name] = _version(parameter.grad)

@@ -107,6 +107,10 @@ class _Module:
         buckets.restore(self._module, extra["buckets"])
         self._form.expect(extra.get("form", {}))
 
+    def averaged(self) -> set[int]:
+        """See `buckets.averaged`."""
+        return buckets.averaged(self._module)
+
     def check(self) -> None:
         """See, at the first boundary after a restore, that it is made of what it was made of.
 
@@ -399,9 +403,11 @@ def load_gradients(things: dict[str, Stateful], saved: dict[str, dict[int, torch
         parameters = thing.parameters
         for place, grad in saved[name].items():
             parameters[place].grad = grad.to(parameters[place].device, copy=True)
+    modules = [thing for thing in owners.values() if isinstance(thing, _Module)]
+    averaged = set().union(*(thing.averaged() for thing in modules))
     for thing in owners.values():
         if isinstance(thing, _Optimizer):
-            thing.gradients.settle()
+            thing.gradients.settle(averaged)
 
 
 def extras(things: dict[str, Stateful]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "static": {"static_graph": True},
     "compressed": {"bucket_cap_mb": 0.001},
     "accumulated": {"gradient_as_bucket_view": True},
+    "attacked": {},
 }
 WORKERS = int(sys.argv[4]) if len(sys.argv) > 4 else 2
 EPOCHS = {"map": 2, "iterable": 2}  # kinds that go over a loader, and not over steps
@@ -129,12 +130,20 @@ def train(run: Any, trace: Path, kind: str) -> None:
     for n in range(STEPS) if run is None else run.steps(STEPS):
         batch = torch.randn(8, 16)
         updates = kind != "accumulated" or n % 3 == 2
+        if (
+            kind == "attacked"
+        ):  # the backward for the inputs' gradient adds to weights' gradients of the last step
+            batch.requires_grad_()
+            wrapped(batch).square().mean().backward()
+            batch = (batch + batch.grad.sign() / 8).detach()
+            optimizer.zero_grad()
         with contextlib.nullcontext() if updates else wrapped.no_sync():
             loss = wrapped(batch).square().mean()
             loss.backward()
         if updates:
             optimizer.step()
-            optimizer.zero_grad()
+            if kind != "attacked":
+                optimizer.zero_grad()
         fingerprint.trace(trace.with_suffix(f".{rank}"), n + 1, batch, loss, model, optimizer)
     torch.distributed.destroy_process_group()
 
