@@ -552,6 +552,38 @@ def labels_of_the_model(run: Any, DataLoader: Any) -> None:
             run.step()
 
 
+def hidden_state_that_is_saved_as_well(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    hidden = torch.zeros(2, 1)
+    for _ in run.steps(STEPS):
+        hidden = (model(torch.randn(2, 2)) + hidden).detach()
+        run.state["hidden"] = hidden  # and never read back
+        update(model, optimizer, hidden.expand(2, 2))
+
+
+class Replay:
+    """Is registered, and its last observation is in a variable too."""
+
+    def __init__(self) -> None:
+        self.seen: collections.deque[Any] = collections.deque(maxlen=9)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": [torch.tensor(one) for one in self.seen]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = collections.deque((one.numpy() for one in state["seen"]), maxlen=9)
+
+
+def observation(run: Any, DataLoader: Any) -> None:
+    replay = Replay()
+    model, optimizer, _ = begin(run, DataLoader, replay=replay)
+    seen = np.array([0.5, 1], np.float32)
+    for _ in run.steps(STEPS):
+        seen = seen * np.float32(0.9)
+        replay.seen.append(seen)
+        update(model, optimizer, torch.tensor(np.stack(replay.seen)))
+
+
 LOST = [
     (counter, "`seen` in counter() was 6 when the run was cut and is 0 here: keep it in run.state"),
     (running_average, "`average` in running_average()"),
@@ -581,6 +613,8 @@ LOST = [
     ),
     (generator, "`noise` in generator()"),
     (hidden_state, "`hidden` in hidden_state()"),
+    (hidden_state_that_is_saved_as_well, "`hidden` in hidden_state_that_is_saved_as_well()"),
+    (observation, "`seen` in observation()"),
     (data_class, "`stop.bad` in data_class()"),
     (smoothed, "`window` in smoothed()"),
     (best_weights_of_an_object, "`stopping.best` in best_weights_of_an_object()"),

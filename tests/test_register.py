@@ -402,7 +402,7 @@ def test_numbers_of_numpy_stay_what_they_are(tmp_path: Path) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         scheduler = lr_scheduler.LambdaLR(optimizer, lambda n: np.interp(n, [0, 3, 9], [0.1, 1, 0]))
         run.register(model=model, optimizer=optimizer, scheduler=scheduler)
-        momenta = np.linspace(0.8, 0.9, 6, dtype=np.float32)
+        momenta = np.linspace(0.8, 0.9, 60, dtype=np.float32)
         shared = run.state.setdefault("shared", [np.float32(0.1)])
         run.state.setdefault("again", shared)
         run.state.setdefault("kinds", {kind.__name__: (kind(1), "text") for kind in kinds})

@@ -6,6 +6,7 @@ installed packages keep to themselves. Of what is large a sample is looked at.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 import gc
@@ -34,6 +35,7 @@ ATOMS = (bool, int, float, complex, str, bytes, type(None))
 _BY_KEY = (dict, OrderedDict, defaultdict)
 _LISTS = (list, tuple, deque)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
+_DATA = (*_LISTS, torch.Tensor, np.ndarray)
 _VALUES = (*ATOMS, *_LISTS, *_BY_KEY, *_TENSORS)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LOADERS = ("chainrun.training.data", "chainrun.training.one_pass")
@@ -72,10 +74,15 @@ class Kept(variables.Held):
         names: the names of registered objects, by their ids.
         package: the name of the training function's own package, which may be an installed one.
         until: a value of `time.monotonic`, at which it gives up.
+        lent: whether to look at data in a function's variable that belongs to what is registered as well: where it is
+            restored, its owner may be given other data, and the variable not.
     """
 
-    def __init__(self, registered: Iterable[Any], names: dict[int, str], package: str, until: float) -> None:
+    def __init__(
+        self, registered: Iterable[Any], names: dict[int, str], package: str, until: float, *, lent: bool
+    ) -> None:
         super().__init__([])
+        self._lent = lent
         self._names, self._package, self._until = names, package, until
         registered = [*registered]
         self._passed_over = {id(thing) for thing in belonging(registered)}
@@ -121,6 +128,9 @@ class Kept(variables.Held):
                 self._add(name + where, kind, False, f"{fingerprint(which)} {which}")
             return
         if kind not in ATOMS and id(value) in self._passed_over:
+            if self._lent and name == self._base and self._function is not None and kind in _DATA:
+                with contextlib.suppress(NoMark):
+                    self._note(value, name, where)
             return
         if kind is types.GeneratorType:
             self._visit_generator(value, name, where)

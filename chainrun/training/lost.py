@@ -120,9 +120,9 @@ class Variables:
         """Return the frames of the user's code that call, from inside out."""
         return frames(sys._getframe(1), self._outside)[0]
 
-    def _look(self, where: list[types.FrameType]) -> Kept:
+    def _look(self, where: list[types.FrameType], *, lent: bool = True) -> Kept:
         package = str(where[-1].f_globals.get("__name__")).partition(".")[0] if where else ""
-        held = Kept(self._registered(), self._names(), package, time.monotonic() + SECONDS)
+        held = Kept(self._registered(), self._names(), package, time.monotonic() + SECONDS, lent=lent)
         held.look(where)
         return held
 
@@ -159,7 +159,7 @@ class Variables:
     def compare(self, told: Told) -> None:
         """Where the loop goes on: note what is bound here too and holds something else."""
         where = self.frames()
-        held = self._look(where)
+        held = self._look(where, lent=False)  # what the restored have is theirs
         self._called = held.called
         self._note_begin(held)
         running = {frame.f_code.co_name for frame in where}
