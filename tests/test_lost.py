@@ -584,6 +584,29 @@ def observation(run: Any, DataLoader: Any) -> None:
         update(model, optimizer, torch.tensor(np.stack(replay.seen)))
 
 
+class Steps:
+    """Is called with all that a batch holds."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.model, self.optimizer, self.baseline = model, optimizer, 0.0
+
+    def training_step(self, x: torch.Tensor, scale: float = 1.0) -> None:
+        loss = update(self.model, self.optimizer, x * scale + self.baseline)
+        self.baseline = 0.9 * self.baseline + loss.item()
+
+
+def called_with_a_star(run: Any, DataLoader: Any) -> None:
+    one = Steps(*begin(run, DataLoader)[:2])
+    for _ in run.steps(STEPS):
+        one.training_step(*(torch.randn(2, 2), 0.5))
+
+
+def called_with_two_stars(run: Any, DataLoader: Any) -> None:
+    two = Steps(*begin(run, DataLoader)[:2])
+    for _ in run.steps(STEPS):
+        two.training_step(*(torch.randn(2, 2),), scale=0.5)
+
+
 LOST = [
     (counter, "`seen` in counter() was 6 when the run was cut and is 0 here: keep it in run.state"),
     (running_average, "`average` in running_average()"),
@@ -615,6 +638,8 @@ LOST = [
     (hidden_state, "`hidden` in hidden_state()"),
     (hidden_state_that_is_saved_as_well, "`hidden` in hidden_state_that_is_saved_as_well()"),
     (observation, "`seen` in observation()"),
+    (called_with_a_star, "`one.baseline` in called_with_a_star()"),
+    (called_with_two_stars, "`two.baseline` in called_with_two_stars()"),
     (data_class, "`stop.bad` in data_class()"),
     (smoothed, "`window` in smoothed()"),
     (best_weights_of_an_object, "`stopping.best` in best_weights_of_an_object()"),

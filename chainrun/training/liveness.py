@@ -80,6 +80,7 @@ def read(code: types.CodeType) -> list[Step]:
     listed = list(dis.get_instructions(code))
     places = {step.offset: place for place, step in enumerate(listed)}
     cells = {*code.co_cellvars, *code.co_freevars}
+    starred = _called_with_stars(listed)
     found = []
     for place, step in enumerate(listed):
         name, after = step.opname, place + 1
@@ -92,7 +93,21 @@ def read(code: types.CodeType) -> list[Step]:
                 goes_on.append(places[step.argval])
         inner = step.argval if type(step.argval) is types.CodeType and "<" in step.argval.co_name else None
         effects = tuple(_effects(step, cells, listed[after : after + 4]))
+        if place in starred:
+            effects += (Effect("call", ("attribute", str(step.argval))),)
         found.append(Step(step.offset, name, tuple(goes_on), effects, inner))
+    return found
+
+
+def _called_with_stars(listed: list[dis.Instruction]) -> set[int]:
+    """Return where attributes are loaded to be called with ``*`` or ``**``."""
+    found = set()
+    for place, step in enumerate(listed):
+        if step.opname == "CALL_FUNCTION_EX":
+            callee = before(listed, place, 1 + ((step.arg or 0) & 1))
+            callee -= listed[callee].opname == "PUSH_NULL"  # from Python 3.13 on it comes after
+            if listed[callee].opname == "LOAD_ATTR":
+                found.add(callee)
     return found
 
 
