@@ -556,6 +556,26 @@ def test_workers_that_are_not_forked(method: str) -> None:
     assert reference.difference(cut(train, (3,))) is None
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_iterator_that_was_made_before_its_loader_was_registered_is_refused(workers: int) -> None:
+    """It is torch's own; one that is only looked at before is held by a variable, and does no harm."""
+
+    def train(run: Any, DataLoader: Any, goes_on: bool) -> None:
+        loader = DataLoader(Noisy(), batch_size=4, shuffle=True, num_workers=workers)
+        batches = iter(loader)
+        next(batches)
+        run.register(loader=loader)
+        for _ in run.epochs(2):
+            for batch in loader:
+                run.step(**marks(batch))
+        if goes_on:
+            next(batches)
+
+    cut_everywhere(functools.partial(train, goes_on=False))
+    with pytest.raises(RegisterError, match=r"loader .loader. was made before run\.register\(\) and is asked"):
+        cut(functools.partial(train, goes_on=True))
+
+
 def test_unregistered_loader_is_torchs() -> None:
     """Without `register` nothing is added: the same batches, the same draws."""
 

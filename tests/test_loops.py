@@ -1612,6 +1612,7 @@ REMEMBER: dict[str, Any] = {
     "itertools.islice": lambda loader: itertools.islice(loader, 3),
     "itertools.pairwise": itertools.pairwise,
     "zip": lambda loader: zip(loader, range(3), strict=False),
+    "itertools.zip_longest": lambda loader: itertools.zip_longest(loader, [0]),
 }
 
 

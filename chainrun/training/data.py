@@ -15,9 +15,11 @@ are used:
 
 from __future__ import annotations
 
+import functools
 import pickle
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -47,6 +49,10 @@ from chainrun.training.stop import end_with
 from chainrun.training.worker import Collate, Counter, InitWorker, Items
 
 T = TypeVar("T")
+
+
+# torch's iterators over loaders that are not registered (yet)
+_early: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
 
 
 class DataLoader(TorchDataLoader[T]):
@@ -102,7 +108,9 @@ class DataLoader(TorchDataLoader[T]):
                 "a chainrun.DataLoader with rng='counter' is used without being registered; what it draws is seeded "
                 "by the run: call run.register(loader=...) first"
             )
-        return super().__iter__()
+        iterator = super().__iter__()
+        _early.setdefault(self, weakref.WeakSet()).add(iterator)
+        return iterator
 
 
 class Chain:
@@ -486,8 +494,8 @@ def bind(
         counter: seeds what a loader with ``rng="counter"`` draws.
 
     Raises:
-        RegisterError: the loader is registered twice, or was iterated over before; it has ``rng="counter"`` and a
-            data set with state of its own.
+        RegisterError: the loader is registered twice; it has ``rng="counter"`` and a data set with state of its own.
+            An iterator that was made before raises it where it is asked for a batch.
     """
     if loader._chain is not None and loader._chain.position is position:
         raise RegisterError(f"one loader is registered twice, as '{loader._chain.name}' and as '{name}'")
@@ -498,5 +506,14 @@ def bind(
                     f"the loader '{name}' has rng='counter' and a data set with state of its own "
                     f"({type(one).__name__}), which depends on what its worker did before; leave rng='torch'"
                 )
+    for iterator in _early.pop(loader, ()):
+        iterator._next_data = functools.partial(_refuse_early, name)  # which torch's __next__ calls
     loader._chain = Chain(loader, name, position, on_head, counter)
     return loader._chain
+
+
+def _refuse_early(name: str) -> None:
+    raise RegisterError(
+        f"an iterator over the loader '{name}' was made before run.register() and is asked for a batch after it: it is "
+        "torch's own, whose place no checkpoint holds. Register the loader first, and make the iterator then"
+    )

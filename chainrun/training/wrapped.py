@@ -26,6 +26,8 @@ _REMEMBER: dict[type, str] = {
     itertools.islice: "counts: leave the loop with `if number == n: break` under enumerate(loader)",
     itertools.accumulate: "keeps a sum: keep it in run.state",
     itertools.pairwise: "keeps a batch: keep it in run.state",
+    itertools.zip_longest: "keeps which of its loaders have ended: use zip() over loaders of one length, or a loop over "
+    "the longest that takes what there is of the others",
     type(itertools.tee(())[0]): "keeps batches: go through the loader once",
 }
 if (_batched := getattr(itertools, "batched", None)) is not None:  # from Python 3.12
@@ -34,7 +36,7 @@ _ITERATORS: list[Any] = [iter(range(0)), iter(range(2**99)), iter([]), iter(()),
 _COUNT: tuple[type, ...] = (*map(type, _ITERATORS), itertools.count)
 _STAND_BETWEEN: tuple[type, ...] = (
     *(enumerate, zip, map, filter, itertools.chain, itertools.takewhile, itertools.starmap),
-    *(itertools.filterfalse, itertools.zip_longest, types.GeneratorType),
+    *(itertools.filterfalse, types.GeneratorType),
     *_REMEMBER,
 )
 
@@ -175,7 +177,7 @@ def refuse(around: Around, iterator: Any, name: str) -> None:
     """
     for one in around.look(iterator):
         why = _REMEMBER.get(type(one))
-        if why is None and isinstance(one, (zip, itertools.zip_longest)):
+        if why is None and isinstance(one, zip):
             inner = [each for tuple_ in gc.get_referents(one) for each in gc.get_referents(tuple_)]
             if any(isinstance(each, _COUNT) for each in inner):
                 why = "counts beside the loader: use enumerate(loader)"
