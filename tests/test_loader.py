@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
 import multiprocessing
@@ -181,6 +182,26 @@ class CountingEpochs(Lazy):
         return iter(np.random.default_rng(self.passes).permutation(self.n).tolist())
 
 
+class Balanced(Lazy):
+    """Shuffles the indices of each label in place, as samplers for contrastive losses do."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        labels = np.arange(n) % 2
+        self.of = {label: np.where(labels == label)[0] for label in labels}
+        self.used = {int(label): 0 for label in labels}
+        self.names = collections.defaultdict(list, odd=[*range(1, n, 2)], even=[*range(0, n, 2)])
+
+    def __iter__(self) -> Any:
+        for label, indices in self.of.items():
+            np.random.shuffle(indices)
+            self.used[int(label)] += 1
+        for indices in self.names.values():
+            random.shuffle(indices)
+        self.names["more"].append(sum(self.used.values()) % 2)
+        return iter([*self.of[0], *self.names["odd"], self.names["more"][-1]][: self.n])
+
+
 class Shuffling(Lazy):
     """Shuffles the same list again and again."""
 
@@ -296,6 +317,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "eager sampler": (4, _sampler(lambda d: Eager(10))),
     "counting sampler": (4, _sampler(lambda d: CountingEpochs(10))),
     "shuffling sampler": (4, _sampler(lambda d: Shuffling(10))),
+    "balanced sampler": (4, _sampler(lambda d: Balanced(10))),
     "sampler with state": (4, _sampler(lambda d: WithState(10))),
     "numpy indices": (4, _sampler(lambda d: NumpyIndices(10))),
     "batch sampler": (4, {"batch_size": 1, "batch_sampler": Made(lambda d: Pairs(10))}),
@@ -572,7 +594,9 @@ def test_an_iterator_that_was_made_before_its_loader_was_registered_is_refused(w
             next(batches)
 
     cut_everywhere(functools.partial(train, goes_on=False))
-    with pytest.raises(RegisterError, match=r"loader .loader. was made before run\.register\(\) and is asked"):
+    with pytest.raises(
+        RegisterError, match=r"loader .loader. was made before run\.register\(\) and is asked"
+    ):
         cut(functools.partial(train, goes_on=True))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -175,8 +176,8 @@ def from_plain(states: list[Any]) -> list[Any]:
 class Attributes:
     """The plain attributes of what has no state_dict, as far as they have changed since it was built.
 
-    An epoch, a count of its own, a list that it shuffles in place: numbers, and lists, tensors and arrays of
-    them. Objects and strings are not state.
+    An epoch, a count of its own, a list that it shuffles in place, one by label: numbers, and lists, dicts, tensors
+    and arrays of them. Objects and strings are not state.
 
     Args:
         thing: a sampler.
@@ -189,7 +190,7 @@ class Attributes:
 
     def _all(self) -> dict[str, Any]:
         plain = {
-            name: _encode(value)
+            name: _encode(dict(value) if type(value) is defaultdict else value)
             for name, value in getattr(self._thing, "__dict__", {}).items()
             if value is not self._dataset
         }
@@ -206,7 +207,12 @@ class Attributes:
         now = self._all()
         for name, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
             if name not in now or not equal(value, now[name]):
-                setattr(self._thing, name, _decode(value))
+                decoded, old = _decode(value), getattr(self._thing, name, None)
+                if type(old) is defaultdict and type(decoded) is dict:  # it keeps what makes its values
+                    old.clear()
+                    old.update(decoded)
+                else:
+                    setattr(self._thing, name, decoded)
 
 
 _NOT_PLAIN: Any = object()
@@ -226,6 +232,11 @@ def _encode(value: Any) -> Any:
             return {kind: torch.tensor(value)}
         items = [_encode(item) for item in value]
         return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else {kind: items}
+    if type(value) is dict and all(
+        type(key) in (*_NUMBERS, str) or isinstance(key, np.generic) for key in value
+    ):
+        items = [_encode(item) for item in value.values()]
+        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else {"dict": [[*value], items]}
     return _NOT_PLAIN
 
 
@@ -237,6 +248,8 @@ def _decode(value: Any) -> Any:
     ((kind, inner),) = value.items()
     if kind == "array":
         return inner.clone().numpy()
+    if kind == "dict":
+        return dict(zip(inner[0], map(_decode, inner[1]), strict=True))
     items = inner.tolist() if isinstance(inner, torch.Tensor) else [_decode(item) for item in inner]
     return items if kind == "list" else tuple(items)
 
