@@ -595,7 +595,7 @@ def test_an_iterator_that_was_made_before_its_loader_was_registered_is_refused(w
 
     cut_everywhere(functools.partial(train, goes_on=False))
     with pytest.raises(
-        RegisterError, match=r"loader .loader. was made before run\.register\(\) and is asked"
+        RegisterError, match=r"loader 'loader' was made before run\.register\(\) and is asked"
     ):
         cut(functools.partial(train, goes_on=True))
 

@@ -130,10 +130,8 @@ def train(run: Any, trace: Path, kind: str) -> None:
     for n in range(STEPS) if run is None else run.steps(STEPS):
         batch = torch.randn(8, 16)
         updates = kind != "accumulated" or n % 3 == 2
-        if (
-            kind == "attacked"
-        ):  # the backward for the inputs' gradient adds to weights' gradients of the last step
-            batch.requires_grad_()
+        if kind == "attacked":
+            batch.requires_grad_()  # this backward adds to the weights' gradients of the last step
             wrapped(batch).square().mean().backward()
             batch = (batch + batch.grad.sign() / 8).detach()
             optimizer.zero_grad()
