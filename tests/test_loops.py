@@ -1242,6 +1242,132 @@ def test_iterator_that_is_held_after_a_look() -> None:
     sweep(train, 6)
 
 
+@pytest.mark.parametrize("looks", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("generator", [False, True])
+def test_an_iterator_is_held_after_a_look_at_the_loader_of_the_training(looks: int, generator: bool) -> None:
+    """The tutorials' first batch, or a search for a learning rate over more than an epoch."""
+
+    def again_and_again(loader: Any) -> Any:
+        while True:
+            yield from loader
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        it = again_and_again(t.loader) if generator else iter(t.loader)
+        for _ in range(looks):
+            try:
+                seen = next(it)[0]
+            except StopIteration:
+                it = iter(t.loader)
+                seen = next(it)[0]
+        for _ in run.epochs(3):
+            for x in t.loader:
+                t.learn(x[0] + seen)
+                t.step()
+        return t.result()
+
+    sweep(train, 9, quick=True)
+
+
+def test_an_iterator_is_held_after_a_look_at_the_loader_of_an_evaluation() -> None:
+    """A batch to show, of a loader that each epoch goes over."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(4), batch_size=2, shuffle=True)
+        run.register(other=other)
+        it = iter(other)
+        shown = next(it)[0]
+        for _ in run.epochs(3):
+            for x in t.loader:
+                t.learn(x[0] + shown)
+                t.step()
+            for x in other:
+                run.log(batch=x[0].sum(), noise=torch.rand(()))
+                run.poll()
+        return t.result()
+
+    sweep(train, 9)
+
+
+@pytest.mark.parametrize(
+    ("renewal", "looks"),
+    [
+        ("each epoch", 1),
+        ("some epochs", 1),
+        ("late", 1),
+        ("each epoch", 4),
+        ("some epochs", 4),
+        ("at its end", 4),
+    ],
+)
+def test_an_iterator_is_made_anew_after_a_look_with_the_first(renewal: str, looks: int) -> None:
+    """What was looked at is a batch of the first one at each resume, whatever the variable holds by then."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(other=other)
+        it = iter(other)
+        seen = [next(it)[0] for _ in range(looks)]
+        weight = torch.rand(())
+        for epoch in run.epochs(4):
+            if {"each epoch": True, "some epochs": epoch % 2 == 0, "late": epoch == 2}.get(renewal, False):
+                it = iter(other)
+            part = torch.rand(())
+            for x in t.loader:
+                y = seen[-1]
+                if renewal != "late" or epoch >= 2:
+                    try:
+                        y = next(it)[0]
+                    except StopIteration:
+                        it = iter(other)
+                        y = next(it)[0]
+                t.learn(x[0] * weight + y * part)
+                t.step()
+        return t.result()
+
+    sweep(train, 12, quick=True)
+
+
+def test_an_iterator_is_made_anew_in_steps_after_a_look_with_the_first() -> None:
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        it = iter(t.loader)
+        seen = next(it)[0]
+        for step in run.steps(9):
+            if step % 3 == 0:
+                it = iter(t.loader)
+            t.learn(next(it)[0] + seen)
+            run.log(noise=torch.rand(()))
+        return t.result()
+
+    sweep(train, 9)
+
+
+def test_an_iterator_of_an_earlier_turn_beside_an_older_one_is_refused() -> None:
+    """Two variables hold iterators over one loader: a resumed function would have the older one in the newer's place."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(other=other)
+        it = first = iter(other)
+        seen = next(first)[0]
+        for epoch in run.epochs(2):
+            if epoch == 0:
+                it = iter(other)
+            for x in t.loader:
+                t.learn(x[0] + seen + next(it)[0][:1])
+                t.step()
+        return t.result()
+
+    with pytest.raises(
+        RegisterError, match="that an earlier turn made is used, although there is an older one"
+    ):
+        cut(train)
+
+
 def test_batches_taken_by_hand_beside_the_loop() -> None:
     """More than one a turn, before and after the step: only the loop's own head is a place to cut at."""
 

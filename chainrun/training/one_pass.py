@@ -308,6 +308,7 @@ class OnePass:
         """Note what the function gets, of which nothing here may keep it alive."""
         self.iterator = iterator
         self._mark.goes_on = lambda: wrapped.goes_on(iterator())
+        self._mark.lives = lambda: iterator() is not None
 
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""
@@ -367,7 +368,9 @@ class Batches(Iterator[Any]):
 
     def __next__(self) -> Any:
         caller = sys._getframe(1)  # zip, enumerate and the like have no frame: it is the loop around them
-        return self._pass.next(by_hand=caller.f_code.co_code[caller.f_lasti] not in _LOOPS)
+        mine = self._pass
+        del self  # which the traceback of a StopIteration would keep alive where the function makes a new one
+        return mine.next(by_hand=caller.f_code.co_code[caller.f_lasti] not in _LOOPS)
 
     def __len__(self) -> int:
         return len(self._pass.chain.loader)

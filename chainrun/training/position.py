@@ -53,6 +53,10 @@ class Pass:
     range: str | None = None  # ``epochs`` or ``steps``, in a turn of which it counts
     outlived: bool = False  # that turn is over, and a variable holds it still
     goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
+    lives: Callable[[], bool] = lambda: False  # whether anything of the function holds it
+    follows: Pass | None = None  # what a variable of an outer scope held, until it is seen if it does still
+    beside: bool = False  # that variable went on holding it: this one is another one's
+    looked: bool = False  # the variable's earlier one was only looked at, which the walk does again
     passed_on: PassedOn = NOTHING  # by its end, to the code after it
     stands_in: bool = (
         False  # skipped, for a later pass of the same variable, which is taken up after the walk
@@ -130,14 +134,18 @@ class Position:
                 self.end(self._running[loop], exhausted=False)
         scope = self._scopes[-1]
         outer = scope.inherited.get(loop)
+        saved = self._saved_scope()
+        counted = saved["passes"].get(loop, 0) if saved is not None and self._on_path() else 0
+        if outer is not None and counted > scope.passes.get(loop, 0):  # the variable was seen to keep it
+            self._forget(outer)
+            outer = None
         if outer is not None:  # a variable of an outer scope is given a new pass: it counts there
-            new = Pass(loop, outer.home, outer.ordinal, self._tick, self.boundaries)
-            if outer.line in self._scopes:  # the walk comes to that line first
-                new.line, new.begun = outer.line, outer.begun
+            new = Pass(loop, outer.home, outer.ordinal, self._tick, self.boundaries, follows=outer)
+            new.looked = outer.looked or self._is_only_held(outer)
         else:
-            scope.passes[loop] = scope.passes.get(loop, 0) + 1
-            new = Pass(loop, len(self._scopes) - 1, scope.passes[loop], self._tick, self.boundaries)
-        if new.line is None and not self._in_a_loop():
+            new = Pass(loop, 0, 0, self._tick, self.boundaries)
+            self._count_here(new)
+        if not self._in_a_loop():
             new.line = scope
         new.range = self._scopes[new.home].loop
         what = self._what(new, inherited=outer is not None)
@@ -150,11 +158,42 @@ class Position:
             self._running[loop] = new
         return what, new
 
+    def _count_here(self, new: Pass) -> None:
+        """It is the present scope's own."""
+        scope = self._scopes[-1]
+        scope.passes[new.loop] = scope.passes.get(new.loop, 0) + 1
+        new.home, new.ordinal = len(self._scopes) - 1, scope.passes[new.loop]
+
+    def _see_what_follows(self) -> None:
+        """See if the variables that held earlier passes hold them still, now that the line is over."""
+        for new in self._running.values():
+            outer, new.follows = new.follows, None
+            if outer is None:
+                continue
+            if not outer.lives():
+                for scope in self._scopes:
+                    if new.loop in scope.inherited:
+                        scope.inherited[new.loop] = new
+                if outer.line in self._scopes:  # the walk comes to that line first
+                    new.line, new.begun = outer.line, outer.begun
+                continue
+            home = self._scopes[outer.home]
+            self._forget(outer)
+            if home.loop != "steps":  # of which no turn is begun again
+                self._note_end(outer, home, again=outer.early or outer.looked)
+            self._count_here(new)
+            new.range, new.looked, new.beside = self._scopes[-1].loop, False, True
+
     def _what(self, new: Pass, inherited: bool) -> Begin:
         if self.walking and not self._on_path():
             return "fresh"
         waiting = self._waiting.get(new.loop)
         if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
+            new.looked = waiting.get("looked", False)
+            if (
+                new.looked and self.walking
+            ):  # the walk looks as the function did; at its end the pass is moved to its place
+                return "fresh"
             del self._waiting[new.loop]
             new.begun = waiting["begun"]
             new.boundaries = 0 if waiting.get("fresh") else -1  # it has passed some in an earlier process
@@ -229,6 +268,10 @@ class Position:
         for scope, saved in zip(self._scopes, self._target["scopes"], strict=True):
             scope.passes, scope.glances = saved["passes"], saved["glances"]
             scope.boundaries, scope.quiet, scope.ended = saved["boundaries"], saved["quiet"], saved["ended"]
+        for one in self._running.values():
+            if one.looked and (waiting := self._waiting.pop(one.loop, None)) is not None:
+                one.boundaries, one.early = 0 if waiting["fresh"] else -1, waiting["fresh"]
+                one.held, one.direct = waiting["held"], False
         self.walking = False
         self._go_on()
 
@@ -239,12 +282,13 @@ class Position:
             RegisterError: the function holds a batch that a resumed one could not have.
         """
         self._tick += 1
+        self._see_what_follows()
         if running.outlived:
-            if running.loop in self._renewed:
+            if running.loop in self._renewed or running.beside:
                 raise RegisterError(
-                    f"the iterator over '{running.loop}' that an earlier turn made is used, although other turns made "
-                    "a new one; a resumed function could not tell which. Make it before the range begins, or anew in "
-                    "every turn that uses it"
+                    f"the iterator over '{running.loop}' that an earlier turn made is used, although "
+                    f"{'there is an older one' if running.beside else 'other turns made a new one'}; a resumed function "
+                    "could not tell which. Make it before the range begins, or anew in every turn that uses it"
                 )
             self._kept.add(running.loop)
         if running.advanced is None and running.boundaries >= 0:
@@ -270,17 +314,25 @@ class Position:
         """The pass is over (`exhausted`), or was left early."""
         if self.over or self._running.get(ended.loop) is not ended:
             return  # a newer pass has taken its place
+        if ended.follows is not None:
+            self._see_what_follows()
         del self._running[ended.loop]
         if ended.stands_in:
             return
         scope = self._scopes[-1]
         if ended.home != len(self._scopes) - 1 or ended.loop in scope.inherited:
             return
-        repeats = not exhausted or scope.quiet  # a look at the first batch, statistics before the training
         if scope.loop == "steps":
             return  # no turn of it is begun again
-        if repeats and ended.boundaries == self.boundaries:
-            scope.glances.setdefault(ended.loop, []).append(ended.ordinal)
+        repeats = not exhausted or scope.quiet  # a look at the first batch, statistics before the training
+        self._note_end(ended, scope, again=repeats and ended.boundaries == self.boundaries)
+
+    def _note_end(self, ended: Pass, scope: Scope, *, again: bool) -> None:
+        """Note for the walk that a pass of this scope is over; `again` is whether the walk goes through it again."""
+        if again:
+            glances = scope.glances.setdefault(ended.loop, [])
+            if ended.ordinal not in glances:
+                glances.append(ended.ordinal)
         else:
             if ended.passed_on.unbound:
                 scope.lacks = (ended.loop, ended.passed_on.unbound)
@@ -296,10 +348,12 @@ class Position:
     def push(self, loop: str, what: Begin) -> None:
         """A turn of `epochs`, or a `steps` range, begins; `what` is what `begin` said."""
         self._tick += 1
+        self._see_what_follows()
         self._scopes.append(Scope(loop, self._tick, dict(self._running), resumed=what == "resume"))
 
     def pop(self) -> None:
         """It is over. A pass that began inside and is still held counts as the next turn's first."""
+        self._see_what_follows()
         self._scopes.pop()
         self._outlive(len(self._scopes))
 
@@ -324,7 +378,12 @@ class Position:
     def _is_renewed(self, one: Pass) -> None:
         """Each turn that uses such an iterator makes its own: this one is of no use any more."""
         self._renewed.add(one.loop)
-        del self._running[one.loop]
+        self._forget(one)
+
+    def _forget(self, one: Pass) -> None:
+        """No later pass is one of the variable that holds this one."""
+        if self._running.get(one.loop) is one:
+            del self._running[one.loop]
         for scope in self._scopes:
             scope.inherited.pop(one.loop, None)
 
@@ -357,6 +416,7 @@ class Position:
         Raises:
             RegisterError: a turn that is over made an iterator, and nothing tells if this one is to go on with it.
         """
+        self._see_what_follows()
         if self._unsettled and (one := self._settle()):
             self._unsettled += 1
             if self._unsettled > 2:
@@ -386,6 +446,7 @@ class Position:
 
     def is_head(self, head: Pass, *, now: bool = True) -> bool:
         """Whether this loop is the present scope's own, so that its head, `now`, is a place to capture at."""
+        self._see_what_follows()
         if self.inside == "steps":
             return head.loop == "steps"
         by_hand = head.by_hand if now else head.held
@@ -469,6 +530,7 @@ class Position:
 
     def capture(self, owner: str | None) -> dict[str, Any]:
         """Return the place as plain data."""
+        self._see_what_follows()
         held = [p for p in self._running.values() if self._is_only_held(p)]
         return {
             "owner": owner,
@@ -498,6 +560,7 @@ class Position:
                         "home": p.home,
                         "ordinal": p.ordinal,
                         "held": p.held,
+                        "looked": p.looked,
                         "begun": p.begun,
                         "fresh": p.advanced is None and p.boundaries == self.boundaries,
                     }
