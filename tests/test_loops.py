@@ -1166,8 +1166,47 @@ def test_function_with_more_loops_is_refused() -> None:
             t.learn(x)
             t.step()
 
-    with pytest.raises(RestoreError, match="its loops have changed"):
+    with pytest.raises(RestoreError, match="its loops or its arguments have changed"):
         cut([train, with_another], (2,))
+
+
+def test_a_loop_that_begins_where_the_state_says_is_refused_and_gone_on_with_from_zero() -> None:
+    """The epoch is kept in run.state as in other trainers; the resumed function would skip as many as it has done."""
+
+    def train(run: Any, DataLoader: Any, *, kept: bool = False) -> str:
+        t = Tools(run, DataLoader)
+        for epoch in range(run.state.get("epoch", 0) if kept else 0, 4):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+            run.state["epoch"] = epoch + 1
+        return t.result()
+
+    def keeps(run: Any, DataLoader: Any) -> str:
+        return train(run, DataLoader, kept=True)
+
+    said = r"the loop over `epoch` in train\(\) has come to 2 where it was at 1 when .* `range\(n\)` and not"
+    with pytest.raises(RestoreError, match=said):
+        cut([keeps, keeps], (5,))
+    assert plain(train).difference(cut([keeps, train], (5,))) is None
+    with pytest.raises(RestoreError, match=r"depends on run\.state, .* or `range\(n\)` from 0"):
+        cut([keeps, keeps], (8,))  # there are no such turns any more
+    sweep(train, 12, quick=True)
+
+
+def test_a_loops_variable_that_its_body_changes_is_no_count_of_its_turns() -> None:
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        for number in range(3):
+            number *= 10  # noqa: PLW2901
+            for x in t.loader:
+                number += 1  # noqa: PLW2901
+                t.learn(x)
+                t.step()
+        return t.result()
+
+    for cuts in (range(1, 10), [5]):
+        assert plain(train).difference(cut(train, cuts)) is None
 
 
 def test_batch_fetched_ahead_by_hand_is_refused() -> None:

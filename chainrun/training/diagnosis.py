@@ -13,7 +13,7 @@ from typing import Any
 
 from chainrun.checkpoint.store import Committed
 from chainrun.rundir import RunDir
-from chainrun.training import witness
+from chainrun.training import turns, witness
 from chainrun.training.lost import Variables
 from chainrun.training.position import Pass, Position
 from chainrun.training.registry import Registry
@@ -67,6 +67,11 @@ class Diagnosis:
             note()
         except Exception as error:
             self._setting.say(f"what variables hold is not followed: {type(error).__name__}: {error}")
+
+    @property
+    def turns(self) -> dict[str, int]:
+        """In which turns the function's own loops are."""
+        return turns.turns(self._variables.frames())
 
     # ---- the segment that ends
 

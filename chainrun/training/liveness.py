@@ -377,6 +377,21 @@ def written_before_the_loop(code: types.CodeType, at: int) -> set[str]:
     return written - body
 
 
+def counted_around(code: types.CodeType, at: int) -> set[str]:
+    """Return the local variables that the loops around an offset give their turns to, and nothing else writes."""
+    steps = read(code)
+    place = place_of(steps, at)
+    found = []
+    for n, step in enumerate(steps):
+        if step.name == "FOR_ITER" and n < place < exit_of(step):
+            targets = itertools.takewhile(
+                lambda one: one.name.startswith(("STORE", "UNPACK")), steps[n + 1 :]
+            )
+            found += [key[1] for one in targets for what, key in one.effects if what == "write"]
+    written = [key[1] for step in steps for what, key in step.effects if what == "write"]
+    return {name for name in found if written.count(name) == 1}
+
+
 def gives_after(code: types.CodeType, at: int) -> bool:
     """Whether a generator gives anything after the loop at an offset, but by that loop begun anew."""
     steps = read(code)

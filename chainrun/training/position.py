@@ -29,6 +29,11 @@ from typing import Any, Literal, TypeAlias
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training.passed_on import NOTHING, PassedOn
 
+CHANGED = (
+    "its loops or its arguments have changed, so go back to the code that wrote the checkpoint, or start a new run; or a "
+    "loop of its own depends on run.state, which is the checkpoint's from the first line on: write "
+    "`for epoch in run.epochs(n):`, which counts by itself, or `range(n)` from 0"
+)
 Begin = Literal["fresh", "skip", "resume"]
 LoopsVariables: TypeAlias = tuple[str, tuple[str, ...]]
 
@@ -212,8 +217,7 @@ class Position:
         if new.ordinal > saved["passes"].get(new.loop, 0):
             raise RestoreError(
                 f"the function began pass {new.ordinal} over '{new.loop}' before it came to the place where "
-                f"the checkpoint was taken ({self.describe_target()}): its loops have changed since; go back "
-                "to the code that wrote the checkpoint, or start a new run"
+                f"the checkpoint was taken ({self.describe_target()}): {CHANGED}"
             )
         ended = saved["ended"].get(f"{new.loop} {new.ordinal}")
         if ended is not None and ended["random"] is not None:

@@ -15,10 +15,10 @@ from chainrun.checkpoint import buckets, objects, sharded, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, passed_on, rng, worker
+from chainrun.training import data, passed_on, rng, turns, worker
 from chainrun.training.diagnosis import Diagnosis
 from chainrun.training.extent import Extent
-from chainrun.training.position import Pass, Position
+from chainrun.training.position import CHANGED, Pass, Position
 from chainrun.training.registry import Registry
 from chainrun.training.rhythm import Pace
 from chainrun.training.saving import Saving, Setting
@@ -149,6 +149,7 @@ class Run:
     def _go_on(self) -> None:
         """The function has come to the place of the checkpoint: from here on it is the same training."""
         saved, lines = self._registry.go_on()
+        turns.check(saved.get("turns", {}), self._diagnosis.turns)
         state.refill(self.state, saved["state"])
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._gone_on = time.monotonic()
@@ -412,6 +413,7 @@ class Run:
             "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
             "ranges": self._ranges,
+            "turns": self._diagnosis.turns,
             "global_step": self.global_step,
             "epoch": self.epoch,
             "metrics": self._saving.settle_metrics(),
@@ -476,8 +478,7 @@ class Run:
         if self._position.walking:
             raise RestoreError(
                 "the function returned before it came to the place where the checkpoint at step "
-                f"{self.global_step} was taken ({self._position.describe_target()}): its loops or its arguments "
-                "have changed; go back to the code that wrote the checkpoint, or start a new run"
+                f"{self.global_step} was taken ({self._position.describe_target()}): {CHANGED}"
             )
         self._save(Wish("stop", "end"), self._tree(None), ended=True, result=result)
 
