@@ -163,6 +163,70 @@ def test_what_the_code_after_a_loop_reads_of_its_body(loop: Any) -> None:
     whole(train, waits=True)
 
 
+class Fit:
+    """A trainer, whose attributes the code after the loop reads."""
+
+    def __init__(self, run: Any, t: Tools, how: str) -> None:
+        self.run, self.t, self.how = run, t, how
+        if how == "made before":
+            self.last = torch.zeros(())
+
+    def training_step(self, x: Any) -> torch.Tensor:
+        self.last = learn(self.t.model, self.t.optimizer, x)
+        return self.last
+
+    def fit(self) -> None:
+        for _ in self.run.epochs(3):
+            for x in self.t.loader:
+                if self.how == "in the body":
+                    self.loss = learn(self.t.model, self.t.optimizer, x)
+                    self.run.step(loss=self.loss)
+                else:
+                    self.run.step(loss=self.training_step(x))
+            self.end_of_epoch()
+        if self.how == "after all":
+            self.end_of_epoch()
+
+    def end_of_epoch(self) -> None:
+        self.run.log(last=self.loss if self.how == "in the body" else self.last)
+
+
+@pytest.mark.parametrize("how", ["in the body", "by a method", "made before", "after all"])
+def test_what_the_code_after_a_loop_reads_of_an_attribute_that_its_body_sets(how: str) -> None:
+    """As of a variable: a trainer that has not gone through the loop has no such attribute, or an older one."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        Fit(run, t, how).fit()
+        return t.result()
+
+    for trained in cut_at_each_step(train):
+        assert lost(trained) == []
+
+
+def test_an_attribute_after_all_loops_is_told_where_nothing_can_wait() -> None:
+    class Loop:
+        def fit(self, run: Any, t: Tools) -> None:
+            for _ in range(3):
+                for x in t.loader:
+                    self.loss = learn(t.model, t.optimizer, x)
+                    run.step(loss=self.loss)
+                run.log(last=self.loss)
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        Loop().fit(run, t)
+        return t.result()
+
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(AttributeError, match="loss"):
+            cut(train, (5,), dir=Path(folder))
+        assert (
+            "reads `.loss`, which only that loop gives a value"
+            in (Path(folder) / "journal.jsonl").read_text()
+        )
+
+
 def test_training_and_evaluation_by_the_same_code() -> None:
     """Both loaders are registered: between them the cut waits, too, for what the code after the first has to read."""
 

@@ -36,6 +36,7 @@ from chainrun.training.variables import locals_of, users_frames
 
 _DEPTH = 2  # containers in containers
 _COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
+_CONSTRUCTORS = ("__init__", "__post_init__", "__new__")
 _COLLECT = ("list", "tuple", "set", "frozenset", "dict", "sum", "sorted", "min", "max")
 
 
@@ -80,13 +81,33 @@ def to_the_code_after() -> PassedOn:
 def _passed_on(where: list[types.FrameType]) -> PassedOn:
     frame, at = where[0].f_code, where[0].f_lasti
     names = {*frame.co_varnames, *frame.co_cellvars}  # bound or not: all ranks have to find the same
-    code = Code(functions_of(where), {("local", name) for name in names})
+    functions = functions_of(where)
+    attributes, at_first = _attributes_set(functions)
+    keys = {("local", name) for name in names} | {("attribute", name) for name in attributes}
+    code = Code(functions, keys)
     live = live_in(code, where, gives=False)[where[0]]
     read_after = sorted(name for name in names if ("local", name) in live)
     written = written_in_the_loop(frame, at) | filled_in_the_loop(frame, at)
-    changed = tuple(name for name in read_after if name in written)
+    changed = [name for name in read_after if name in written]
     bound = code.bound_before(frame, at)
-    return PassedOn(tuple(name for name in changed if name not in bound), changed)
+    unbound = [name for name in changed if name not in bound]
+    # attributes that each turn sets: a cut in the loop does not lose them, one at its end would
+    carried = live_in(code, where, gives=True)[where[0]]
+    set_in_a_turn = sorted(name for kind, name in live - carried if kind == "attribute")
+    changed += [f".{name}" for name in set_in_a_turn]
+    unbound += [f".{name}" for name in set_in_a_turn if name not in at_first]
+    return PassedOn(tuple(unbound), tuple(changed))
+
+
+def _attributes_set(functions: dict[str, list[types.CodeType]]) -> tuple[set[str], set[str]]:
+    """Return the names of the attributes that some functions set, and of those that a constructor does."""
+    found: dict[bool, set[str]] = {False: set(), True: set()}
+    for name, codes in functions.items():
+        for step in itertools.chain(*map(read, codes)):
+            found[name in _CONSTRUCTORS] |= {
+                key[1] for what, key in step.effects if what == "write" and key[0] == "attribute"
+            }
+    return found[False] | found[True], found[True]
 
 
 def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:
