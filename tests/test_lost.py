@@ -43,7 +43,7 @@ WARNED = False
 @pytest.fixture(autouse=True)
 def _fresh_globals(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the functions below change in this module is as in a new process, for each test."""
-    for name, value in (("CALLS", 0), ("TABLE", None), ("WARNED", False)):
+    for name, value in (("CALLS", 0), ("AVERAGE", 0.0), ("TABLE", None), ("WARNED", False)):
         monkeypatch.setitem(globals(), name, value)
     monkeypatch.setitem(SUMS, "loss", 0.0)
     CACHE.clear()
@@ -51,7 +51,7 @@ def _fresh_globals(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def told(train: Callable[..., Any], cuts: Any = (3, 7)) -> list[str]:
     """Return what is said of variables when a training is cut."""
-    after = {"CALLS": 0, "TABLE": None, "WARNED": False}
+    after = {"CALLS": 0, "AVERAGE": 0.0, "TABLE": None, "WARNED": False}
 
     def anew(run: Any, DataLoader: Any) -> Any:
         globals().update(after)  # each segment is a process of its own
@@ -607,6 +607,90 @@ def called_with_two_stars(run: Any, DataLoader: Any) -> None:
         two.training_step(*(torch.randn(2, 2),), scale=0.5)
 
 
+class ByName:
+    """Called by no name of its methods."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.model, self.optimizer, self.held, self.given, self.formed = model, optimizer, 0.0, 0.0, 0.0
+
+    def in_a_variable(self, x: torch.Tensor) -> None:
+        self.held = 0.9 * self.held + update(self.model, self.optimizer, x + self.held).item()
+
+    def after_the_batch(self, x: torch.Tensor) -> None:
+        self.given = 0.9 * self.given + update(self.model, self.optimizer, x + self.given).item()
+
+    def when_training(self, x: torch.Tensor) -> None:
+        self.formed = 0.9 * self.formed + update(self.model, self.optimizer, x + self.formed).item()
+
+    def tell(self, event: str, x: torch.Tensor) -> None:
+        getattr(self, event)(x)
+
+    def when(self, what: str, x: torch.Tensor) -> None:
+        getattr(self, f"when_{what}")(x)
+
+
+def called_as_a_variable(run: Any, DataLoader: Any) -> None:
+    three = ByName(*begin(run, DataLoader)[:2])
+    step = three.in_a_variable
+    for _ in run.steps(STEPS):
+        step(torch.randn(2, 2))
+
+
+def called_by_a_text(run: Any, DataLoader: Any) -> None:
+    four = ByName(*begin(run, DataLoader)[:2])
+    for _ in run.steps(STEPS):
+        four.tell("after_the_batch", torch.randn(2, 2))
+
+
+def called_by_a_text_of_parts(run: Any, DataLoader: Any) -> None:
+    five = ByName(*begin(run, DataLoader)[:2])
+    for _ in run.steps(STEPS):
+        five.when("training", torch.randn(2, 2))
+
+
+AVERAGE = 0.0
+
+
+def averaged(model: Any, optimizer: Any, x: torch.Tensor) -> None:
+    global AVERAGE  # noqa: PLW0603 as scripts do
+    AVERAGE = 0.9 * AVERAGE + update(model, optimizer, x + AVERAGE).item()
+
+
+def called_as_a_partial(run: Any, DataLoader: Any) -> None:
+    step = functools.partial(averaged, *begin(run, DataLoader)[:2])
+    for _ in run.steps(STEPS):
+        step(torch.randn(2, 2))
+
+
+def dict_of_two_names(run: Any, DataLoader: Any) -> None:
+    """The variable that comes first is written before it is read; what holds it as well is not."""
+    model, optimizer, _ = begin(run, DataLoader)
+    fisher = {0: {name: torch.zeros_like(p) for name, p in model.named_parameters()}}
+    for _ in run.steps(STEPS):
+        penalty = torch.stack([(fisher[0][name] * p).sum() for name, p in model.named_parameters()]).sum()
+        update(model, optimizer, torch.randn(2, 2) + penalty.item())
+        squares = {name: fisher[0][name] + p.grad.square() for name, p in model.named_parameters()}
+        fisher[0] = squares
+
+
+class Smallest:
+    def __init__(self) -> None:
+        self.smallest = 9.0
+
+    def at_the_end(self, value: float) -> float:
+        self.smallest = min(self.smallest, value)
+        return self.smallest
+
+
+def object_of_two_names(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    callback = Smallest()
+    callbacks = [callback]
+    for _ in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2)).item()
+        run.log(smallest=sum(each.at_the_end(loss) for each in callbacks))
+
+
 LOST = [
     (counter, "`seen` in counter() was 6 when the run was cut and is 0 here: keep it in run.state"),
     (running_average, "`average` in running_average()"),
@@ -640,6 +724,12 @@ LOST = [
     (observation, "`seen` in observation()"),
     (called_with_a_star, "`one.baseline` in called_with_a_star()"),
     (called_with_two_stars, "`two.baseline` in called_with_two_stars()"),
+    (called_as_a_variable, "`step.__self__.held` in called_as_a_variable()"),
+    (called_by_a_text, "`four.given` in called_by_a_text()"),
+    (called_by_a_text_of_parts, "`five.formed` in called_by_a_text_of_parts()"),
+    (called_as_a_partial, ".AVERAGE`"),
+    (dict_of_two_names, "the variable `fisher[0]` in dict_of_two_names() is not"),
+    (object_of_two_names, "the variable `callbacks[0].smallest` in object_of_two_names() was"),
     (data_class, "`stop.bad` in data_class()"),
     (smoothed, "`window` in smoothed()"),
     (best_weights_of_an_object, "`stopping.best` in best_weights_of_an_object()"),

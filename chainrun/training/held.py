@@ -43,6 +43,7 @@ _NOT_FOLLOWED = (*ATOMS, type, types.ModuleType, types.CodeType)
 _REACH = 5000  # objects
 WEIGHTS = "weights"
 """The kind of a dict that is a copy of a module's state_dict()."""
+_CALLS = ("__self__", "func", "args", "keywords")  # which the code that makes a call does not name
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
 
@@ -59,6 +60,8 @@ class Place(NamedTuple):
     """The function whose variable it is, None for a module's."""
     parts: list[str]
     """The attributes that lead from the variable to it, by their names."""
+    of: str = ""
+    """The name of the place that holds the same object, where this is another way to it."""
 
     @property
     def is_variable(self) -> bool:
@@ -91,6 +94,12 @@ class Kept(variables.Held):
         self._base, self._prefix = "", ""
         self._function: str | None = None
         self._frames: list[types.FrameType] = []
+        self._first: dict[
+            int, tuple[str, str]
+        ] = {}  # the name under which an object was found, and its function
+        self._again: tuple[str, tuple[str, str]] | None = (
+            None  # it is looked at under this name, and was under that
+        )
         self.places: dict[str, Place] = {}
         self.givers: set[str] = set()
         """Names of what gives a default for a key that it lacks."""
@@ -117,11 +126,15 @@ class Kept(variables.Held):
         kind = type(value)
         if time.monotonic() > self._until:
             return
+        if codes := _code_called(value):  # under another name than its own: `step = self.training_step`
+            self.called.setdefault((re.findall(r"\w+", name) or [name])[-1], []).extend(codes)
         if kind is types.FunctionType or issubclass(kind, type):
             own = vars(value) if is_users_own(value) and depth else {}
             for inner, one in [*own.items()]:
                 if not inner.startswith("__") and type(one) in _VALUES:
                     self._visit(one, f"{name}.{inner}", where, depth - 1)
+        for inner, one in _bound_in(value) if depth else ():
+            self._visit(one, name + inner, where, depth - 1)
         which = self._names.get(id(value)) or _which(value)
         if which is not None:
             if self._function is not None or kind not in _CODE:
@@ -142,6 +155,13 @@ class Kept(variables.Held):
             last = (re.findall(r"\w+", name) or [name])[-1]
             codes = [method.__code__ for method in methods if type(method) is types.FunctionType]
             self.called.setdefault(last, []).extend(codes)
+        if kind in (*_BY_KEY, *_LISTS) or self._is_own(kind):
+            first = self._first.setdefault(id(value), (name, where))
+            if self._again is None and _is_another_way(first, (name, where)):
+                seen, self._seen, self._again = self._seen, set(), (name, first)
+                super()._visit(value, name, where, depth)
+                self._seen, self._again = seen, None
+                return
         super()._visit(value, name, where, depth)
 
     def _visit_generator(self, value: types.GeneratorType[Any, Any, Any], name: str, where: str) -> None:
@@ -202,9 +222,17 @@ class Kept(variables.Held):
 
     def _add(self, name: str, kind: type, register: bool, its_mark: str) -> None:
         if name not in self.places:
-            path = name.partition(" in ")[0][len(self._prefix) :]
-            parts = re.findall(r"\.(\w+)", re.sub(r"\[[^]]*\]", "", path))
-            self.places[name] = Place(kind.__name__, register, its_mark, self._base, self._function, parts)
+            path = path_of(name)[len(self._prefix) :]
+            parts = [
+                part for part in re.findall(r"\.(\w+)", re.sub(r"\[[^]]*\]", "", path)) if part not in _CALLS
+            ]
+            of = ""
+            if self._again is not None:
+                here, (first, where) = self._again
+                of = first + path_of(name)[len(here) :] + where
+            self.places[name] = Place(
+                kind.__name__, register, its_mark, self._base, self._function, parts, of
+            )
 
     def _mark(self, value: Any) -> str:
         found = variables.mark(_sampled(value))
@@ -273,6 +301,38 @@ def _which(value: Any) -> str | None:
         line = f" in line {value.__code__.co_firstlineno}" if value.__name__ == "<lambda>" else ""
         return f"{value.__qualname__}{line}"
     return None
+
+
+def _bound_in(value: Any) -> list[tuple[str, Any]]:
+    """Return what a call of a method or a partial is given with it, by their names."""
+    if type(value) is types.MethodType:
+        return [(".__self__", value.__self__)]
+    if type(value) is functools.partial:
+        named = [(f".keywords[{name!r}]", each) for name, each in value.keywords.items()]
+        return [(".func", value.func), *((f".args[{n}]", each) for n, each in enumerate(value.args)), *named]
+    return []
+
+
+def _code_called(value: Any) -> list[types.CodeType]:
+    """Return the code of the user's that a call of a function runs, of a method, a decorated one or a partial."""
+    while type(value) is types.MethodType or type(value) is functools.partial:
+        value = value.__func__ if type(value) is types.MethodType else value.func
+    if type(value) is not types.FunctionType:
+        return []
+    return ([value.__code__] if is_users_own(value) else []) + _code_called(vars(value).get("__wrapped__"))
+
+
+def path_of(name: str) -> str:
+    """Return the part of a place's name that is without its function."""
+    return name.partition(" in ")[0]
+
+
+def _is_another_way(first: tuple[str, str], then: tuple[str, str]) -> bool:
+    """Whether two paths to an object begin at two variables, of which one holds it in something else."""
+    bases = [(re.split(r"[.\[]", path)[0], function) for path, function in (first, then)]
+    return bases[0] != bases[1] and any(
+        path != base for (path, _), (base, _) in zip((first, then), bases, strict=True)
+    )
 
 
 def _is_plain(value: Any) -> bool:

@@ -57,7 +57,7 @@ _KINDS = (("_FAST", "local"), ("DEREF", "local"), ("_GLOBAL", "global"), ("_NAME
 
 
 class Effect(NamedTuple):
-    """What an instruction does with a name: ``use``, ``write`` or ``call`` it."""
+    """What an instruction does with a name: ``use``, ``write`` or ``call`` it, or ``give`` it as a text."""
 
     what: str
     key: Key
@@ -113,6 +113,12 @@ def _called_with_stars(listed: list[dis.Instruction]) -> set[int]:
 
 def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]) -> Iterator[Effect]:
     name = step.opname
+    if name == "LOAD_CONST":
+        texts = step.argval if type(step.argval) is tuple else (step.argval,)
+        yield from (
+            Effect("give", ("attribute", text)) for text in texts if type(text) is str and text.isidentifier()
+        )
+        return
     if name in ("LOAD_FAST_AND_CLEAR", "LOAD_CLOSURE"):  # a comprehension puts it aside; a function is made
         return
     if name in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "LOAD_SUPER_ATTR"):
@@ -162,6 +168,8 @@ class Code:
     def __init__(self, functions: dict[str, list[types.CodeType]], keys: Iterable[Key]) -> None:
         self._functions, self._keys = functions, frozenset(keys)
         self._known: dict[str, tuple[Keys, Keys]] = {}
+        codes = itertools.chain(*functions.values())
+        self._calls_by_text = any("getattr" in code.co_names for code in codes)
         unnamed = [self._of_call(name)[0] for name in _UNNAMED if name in functions]
         self._everywhere = frozenset(key for keys in unnamed for key in keys if key[0] != "local")
 
@@ -247,16 +255,25 @@ class Code:
     def _matters(self, step: Step) -> bool:
         """Whether it does anything with one of the names, or calls what may."""
         return step.inner is not None or any(
-            key[1] in self._functions if what == "call" else key in self._keys for what, key in step.effects
+            key in self._keys if what in ("use", "write") else self._called(what, key[1])
+            for what, key in step.effects
         )
+
+    def _called(self, what: str, name: str) -> list[str]:
+        """Return the functions that an effect may call: ``getattr(callback, "on_end")()``, ``f"on_{event}"``."""
+        if what == "call":
+            return [name] if name in self._functions else []
+        if not self._calls_by_text:
+            return []
+        return [one for one in self._functions if one == name or (name[-1:] == "_" and one.startswith(name))]
 
     def _before(self, step: Step, live: Keys, cells: set[str]) -> Keys:
         if step.inner is not None:
             live = self._passed(live, *self._of_code(step.inner), cells)
         for what, key in reversed(step.effects):
-            if what == "call":
-                if key[1] in self._functions:
-                    live = self._passed(live, *self._of_call(key[1]), cells)
+            if what in ("call", "give"):
+                for name in self._called(what, key[1]):
+                    live = self._passed(live, *self._of_call(name), cells)
             elif key in self._keys:
                 live = live | {key} if what == "use" else live - {key}
         return live

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from chainrun.training import clocks, variables
-from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of
+from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of, path_of
 from chainrun.training.liveness import Code, Key, Keys, live_in, written_before_the_loop
 
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
@@ -154,7 +154,10 @@ class Variables:
                 changed = True  # the variable has got it since then
             if changed or place.is_variable:
                 found[name] = [*place, changed]
-        return dict(itertools.islice(found.items(), MOST))
+        ways = sorted(
+            found, key=lambda name: bool(Place(*found[name][:-1]).of)
+        )  # other ways to the same last
+        return {name: found[name] for name in ways[:MOST]}
 
     def compare(self, told: Told) -> None:
         """Where the loop goes on: note what is bound here too and holds something else."""
@@ -281,7 +284,8 @@ class Variables:
             of_the_head = made and place.kind in _TENSORS and any(place.base in names for names in heads)
             if of_the_head or _is_read(place, own, live, same):
                 found.append(Loss(name, place, now))
-        return [loss for loss in found if not _is_lent(loss, where, {one.name for one in found})]
+        told = {one.name for one in found}
+        return [loss for loss in found if loss.then.of not in told and not _is_lent(loss, where, told)]
 
 
 def _variable_of(place: Place) -> str:
@@ -292,7 +296,7 @@ def _variable_of(place: Place) -> str:
 def _is_lent(loss: Loss, where: list[types.FrameType], told: set[str]) -> bool:
     """Whether it is the variable of a function around its own, and told of as that."""
     base, function = loss.then.base, loss.then.function
-    path = loss.name.partition(" in ")[0]
+    path = path_of(loss.name)
     lenders = [frame.f_code.co_name for frame in where if base in frame.f_code.co_cellvars]
     borrows = any(base in frame.f_code.co_freevars for frame in where if frame.f_code.co_name == function)
     return borrows and any(f"{path} in {lender}()" in told for lender in lenders)
