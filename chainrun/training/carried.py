@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -171,97 +170,3 @@ def to_plain(states: list[Any]) -> list[Any]:
 def from_plain(states: list[Any]) -> list[Any]:
     """Return what `to_plain` was given."""
     return [state["state"] if isinstance(state, dict) else rng.from_tensor(state) for state in states]
-
-
-class Attributes:
-    """The plain attributes of what has no state_dict, as far as they have changed since it was built.
-
-    An epoch, a count of its own, a list that it shuffles in place, one by label: numbers, and lists, dicts, tensors
-    and arrays of them. Objects and strings are not state.
-
-    Args:
-        thing: a sampler.
-        dataset: an attribute that is left out.
-    """
-
-    def __init__(self, thing: Any, dataset: Any) -> None:
-        self._thing, self._dataset = thing, dataset
-        self._built = self._all()
-
-    def _all(self) -> dict[str, Any]:
-        plain = {
-            name: _encode(dict(value) if type(value) is defaultdict else value)
-            for name, value in getattr(self._thing, "__dict__", {}).items()
-            if value is not self._dataset
-        }
-        return {name: value for name, value in plain.items() if value is not _NOT_PLAIN}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in self._all().items()
-            if name not in self._built or not equal(value, self._built[name])
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        now = self._all()
-        for name, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
-            if name not in now or not equal(value, now[name]):
-                decoded, old = _decode(value), getattr(self._thing, name, None)
-                if type(old) is defaultdict and type(decoded) is dict:  # it keeps what makes its values
-                    old.clear()
-                    old.update(decoded)
-                else:
-                    setattr(self._thing, name, decoded)
-
-
-_NOT_PLAIN: Any = object()
-_NUMBERS = (bool, int, float, type(None))
-
-
-def _encode(value: Any) -> Any:
-    if type(value) in _NUMBERS:
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return {"array": torch.from_numpy(value.copy())}
-    if type(value) in (list, tuple):
-        kind = type(value).__name__
-        if value and all(type(item) is int and abs(item) < 2**63 for item in value):
-            return {kind: torch.tensor(value)}
-        items = [_encode(item) for item in value]
-        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else {kind: items}
-    if type(value) is dict and all(
-        type(key) in (*_NUMBERS, str) or isinstance(key, np.generic) for key in value
-    ):
-        items = [_encode(item) for item in value.values()]
-        return _NOT_PLAIN if any(item is _NOT_PLAIN for item in items) else {"dict": [[*value], items]}
-    return _NOT_PLAIN
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "array":
-        return inner.clone().numpy()
-    if kind == "dict":
-        return dict(zip(inner[0], map(_decode, inner[1]), strict=True))
-    items = inner.tolist() if isinstance(inner, torch.Tensor) else [_decode(item) for item in inner]
-    return items if kind == "list" else tuple(items)
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two values in the form that is saved are the same."""
-    if a is b:
-        return True
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return type(a) is type(b) and bool(a == b)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import functools
 import marshal
 import os
+import sys
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,22 @@ from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RestoreError
 from chainrun.owned import FOREIGN, is_users_own
 from chainrun.training import carried, rng
+from chainrun.training.packed import (
+    LARGE,
+    equal,
+    is_large_container,
+    pack,
+    refilled,
+    sample,
+    size_of,
+    some,
+    unpack,
+    without_folders,
+)
 
-LARGE = 64 * 1024  # bytes of one attribute, above which it is data rather than state
-_NUMBERS = (bool, int, float, type(None))
 _HOLDS = (str, bytes, list, tuple, dict, set, deque, np.ndarray, torch.Tensor)  # what is no open file
 _DEPTH, _WIDTH = 6, 64  # how deep objects are looked for, and in how long containers
-_SAMPLE = 256
+_NOT_STATE: Any = object()
 
 
 class Contents:
@@ -98,7 +108,7 @@ class Contents:
         return {
             path: value
             for path, value in self._all().items()
-            if path not in self._built or not carried.equal(value, self._built[path])
+            if path not in self._built or not equal(value, self._built[path])
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -108,7 +118,7 @@ class Contents:
             path, _, name = place.rpartition(".")
             if path in self._left_alone or path not in owners:
                 continue
-            if not (place in now and carried.equal(value, now[place])):
+            if not (place in now and equal(value, now[place])):
                 _set(owners[path], name, value)
 
     def check(self, state: dict[str, Any], where: str) -> None:
@@ -121,12 +131,53 @@ class Contents:
             then = state.get(path, self._built.get(path))
             if self.caches and not (_has_sample(value) and _has_sample(then)):
                 continue  # a cache that has grown
-            if (_is_large(value) or _is_large(then)) and not carried.equal(value, then):
+            if (_is_large(value) or _is_large(then)) and not equal(value, then):
                 raise RestoreError(
                     f"{where}: the attribute '{path[1:]}' of the data set {type(self.thing).__name__} had "
                     "changed when the checkpoint was taken, and is too large to be saved beside it. Give the data set "
                     "state_dict and load_state_dict, or make what changes anew in each __iter__()"
                 )
+
+
+class Attributes:
+    """The plain attributes of a sampler without state_dict, as far as they have changed since it was built.
+
+    An epoch, a count of its own, a list that it shuffles in place, one by label: however large.
+
+    Args:
+        sampler: as it was built.
+        dataset: an attribute that is left out.
+    """
+
+    def __init__(self, sampler: Any, dataset: Any) -> None:
+        self._sampler, self._dataset = sampler, dataset
+        self._built = self._all()
+
+    def _all(self) -> dict[str, Any]:
+        named = getattr(self._sampler, "__dict__", {}).items()
+        plain = {n: dict(v) if type(v) is defaultdict else v for n, v in named if v is not self._dataset}
+        return {name: pack(value) for name, value in plain.items() if _is_state(value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return those that are not as they were built."""
+        built = self._built
+        return {n: v for n, v in self._all().items() if n not in built or not equal(v, built[n])}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set them all, those that have not changed as they were built."""
+        now = self._all()
+        for name, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
+            if name not in now or not equal(value, now[name]):
+                new, old = unpack(value), getattr(self._sampler, name, None)
+                if type(old) is defaultdict and type(new) is dict:  # it keeps what makes its values
+                    old.clear()
+                    old.update(new)
+                else:
+                    setattr(self._sampler, name, new)
+
+
+def _is_state(value: Any) -> bool:
+    return not (type(value) is str and os.sep in value) and size_of(value, sys.maxsize) is not None
 
 
 def of_parts(*parts: Any, large: bool = True) -> list[Contents]:
@@ -174,11 +225,6 @@ def _is_installed(kind: Any) -> bool:
     return kind.__module__.partition(".")[0] not in {*FOREIGN, "builtins"}
 
 
-# ---- values ----------------------------------------------------------------------------------------------
-
-_NOT_STATE: Any = object()
-
-
 def _mark(value: Any) -> bytes | None:
     """Return what tells at a glance whether a long flat container is encoded as it was; None of all else."""
     kind = type(value)
@@ -190,7 +236,7 @@ def _mark(value: Any) -> bytes | None:
         return None
     try:
         # version 0, in which equal values have equal bytes
-        return marshal.dumps(value if 8 * len(value) <= LARGE else [len(value), *_some(value)], 0)
+        return marshal.dumps(value if 8 * len(value) <= LARGE else [len(value), *some(value)], 0)
     except ValueError:
         return None
 
@@ -199,107 +245,10 @@ def _encode(value: Any) -> Any:
     """Return a value in the form that is saved: of one that is large a mark."""
     if type(value) is str and os.sep in value:
         return _NOT_STATE  # a path, which may be the job's own
-    size = _size(value, LARGE)
+    size = size_of(value, LARGE)
     if size is None:
         return _NOT_STATE
-    return _pack(value) if size <= LARGE else {"large": fingerprint(without_folders(sample(value)))}
-
-
-def _size(value: Any, most: int, depth: int = _DEPTH) -> int | None:
-    """Return about how many bytes a value has, counted up to `most`; None of what is not state."""
-    kind = type(value)
-    if kind in _NUMBERS:
-        return 8 if kind is not int or value.bit_length() < 2000 else None
-    if kind is str:
-        return 8 + len(value)
-    if kind is torch.Tensor and value.layout is torch.strided and not value.is_nested:
-        return int(value.nbytes)
-    if isinstance(value, (np.ndarray, np.generic)) and kind is not np.memmap:
-        if value.dtype.kind not in "biufc" or not value.dtype.isnative:
-            return None
-        return int(value.nbytes)
-    if kind not in (list, tuple, dict, set, deque) or not depth:
-        return None
-    size = 8 * len(value)
-    # of many items some show whether they are state
-    for item in _items(value) if size <= most else _some(value):
-        inner = _size(item, most, depth - 1)
-        if inner is None:
-            return None
-        size += inner
-        if size > most and len(value) > _SAMPLE:
-            break
-    return size
-
-
-def _items(value: Any) -> Iterator[Any]:
-    return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
-
-
-def _some(value: Any) -> Iterator[Any]:
-    """Return items of a long container, always the same ones; none of a set, which has no order."""
-    if isinstance(value, dict):
-        return chain(islice(value.items(), _SAMPLE), islice(reversed(value.items()), _SAMPLE))
-    step = max(1, len(value) // _SAMPLE)
-    if isinstance(value, set):
-        return iter(())
-    return islice(value, 0, None, step) if isinstance(value, deque) else iter(value[::step])
-
-
-def sample(value: Any) -> Any:
-    """Return a part of a large value, from all over it, with its size."""
-    if isinstance(value, torch.Tensor):
-        flat = value.detach().reshape(-1)
-        return [list(value.shape), flat[:: max(1, flat.numel() // 1024)]]
-    if isinstance(value, np.ndarray):
-        return [list(value.shape), value.reshape(-1)[:: max(1, value.size // 1024)]]
-    if isinstance(value, (list, tuple, dict, set, deque)):
-        return [len(value), *map(sample, _some(value))]
-    return value
-
-
-def without_folders(tree: Any) -> Any:
-    """Return a tree with the names of files for their paths: folders may be a job's own."""
-    if isinstance(tree, str):
-        return os.path.basename(tree)
-    if isinstance(tree, dict):
-        return {key: without_folders(value) for key, value in tree.items()}
-    return [without_folders(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
-
-
-def _pack(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu().clone()
-    if isinstance(value, np.ndarray):
-        return {"array": torch.from_numpy(value.copy())}
-    if isinstance(value, np.generic):
-        return {"scalar": torch.from_numpy(np.asarray(value))}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(key) for key in value], [_pack(one) for one in value.values()]]}
-    if isinstance(value, set):
-        return {"set": sorted(map(_pack, value), key=repr)}
-    if isinstance(value, deque):
-        return {"deque": [value.maxlen, *map(_pack, value)]}
-    if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_pack(one) for one in value]}
-    return value
-
-
-def _unpack(packed: Any) -> Any:
-    if isinstance(packed, torch.Tensor):
-        return packed.clone()
-    if not isinstance(packed, dict):
-        return packed
-    ((kind, inner),) = packed.items()
-    if kind == "array":
-        return inner.clone().numpy()
-    if kind == "scalar":
-        return inner.numpy()[()]
-    if kind == "dict":
-        return dict(zip(map(_unpack, inner[0]), map(_unpack, inner[1]), strict=True))
-    if kind == "deque":
-        return deque(map(_unpack, inner[1:]), inner[0])
-    return {"list": list, "tuple": tuple, "set": set}[kind](map(_unpack, inner))
+    return pack(value) if size <= LARGE else {"large": fingerprint(without_folders(sample(value)))}
 
 
 def _is_large(packed: Any) -> bool:
@@ -317,46 +266,11 @@ def _is_out_of_reach(value: Any, large: bool) -> bool:
     return is_large_container(value)
 
 
-def is_large_container(value: Any) -> bool:
-    """Whether a value is a list, dict or the like of more than `LARGE` bytes."""
-    if type(value) not in (list, tuple, dict, set, deque):
-        return False
-    return 8 * len(value) > LARGE or (_size(value, LARGE) or 0) > LARGE
-
-
 def _set(owner: Any, name: str, packed: Any) -> None:
     """Set an attribute, in place where an iterator may hold what is there."""
     if _is_large(packed):
         return
     live: Any = getattr(owner, name, None)
-    value = _refilled(live, _unpack(packed))
+    value = refilled(live, unpack(packed))
     if value is not live:
         setattr(owner, name, value)
-
-
-def _refilled(live: Any, value: Any) -> Any:
-    """Return what has the content of `value`, the same objects as far as that is possible."""
-    if type(live) is not type(value):
-        return value
-    if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
-        value.shape,
-        value.dtype,
-    ):
-        live[...] = value
-    elif isinstance(live, (list, tuple)):
-        known = [*live[: len(value)], *[None] * (len(value) - len(live))]
-        items = [_refilled(old, new) for old, new in zip(known, value, strict=True)]
-        if isinstance(live, list):
-            live[:] = items
-        elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):
-            return tuple(items)
-    elif isinstance(live, dict):
-        content = {key: _refilled(live.get(key), one) for key, one in value.items()}
-        live.clear()
-        live.update(content)
-    elif isinstance(live, set):
-        live.clear()
-        live.update(value)
-    else:
-        return value
-    return live

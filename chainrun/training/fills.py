@@ -16,8 +16,9 @@ from typing import Any
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.owned import is_users_own
 from chainrun.training import carried
-from chainrun.training.contents import Contents, is_large_container, sample, without_folders
+from chainrun.training.contents import Contents
 from chainrun.training.liveness import before
+from chainrun.training.packed import is_large_container, sample, without_folders
 
 _ENTRIES = ("__getitem__", "__getitems__", "__call__", "forward")  # what torch's loader calls
 _CHANGE = {

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import carried, passed_on, rng, wrapped
-from chainrun.training.contents import without_folders
 from chainrun.training.indices import Again, Alone, Counted, Drawn, State
 from chainrun.training.iterable import Place
+from chainrun.training.packed import without_folders
 from chainrun.training.position import Pass as Mark
 from chainrun.training.worker import End
 

@@ -1,0 +1,175 @@
+"""Plain values in the form that is saved: numbers, strings, and lists, tuples, dicts, sets, deques, arrays and tensors."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+
+LARGE = 64 * 1024  # bytes of one value, above which it is data rather than state
+_NUMBERS = (bool, int, float, type(None))
+_DEPTH = 6  # of containers in containers
+_SAMPLE = 256
+
+
+def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
+    """Return about how many bytes a value has, counted up to `most`; None of what is not state."""
+    kind = type(value)
+    if kind in _NUMBERS:
+        return 8 if kind is not int or value.bit_length() < 2000 else None
+    if kind is str:
+        return 8 + len(value)
+    if kind is torch.Tensor and value.layout is torch.strided and not value.is_nested:
+        return int(value.nbytes)
+    if isinstance(value, (np.ndarray, np.generic)) and kind is not np.memmap:
+        if value.dtype.kind not in "biufc" or not value.dtype.isnative:
+            return None
+        return int(value.nbytes)
+    if kind not in (list, tuple, dict, set, deque) or not depth:
+        return None
+    size = 8 * len(value)
+    if _is_of_short_integers(value):
+        return size
+    # of many items some show whether they are state
+    for item in _items(value) if size <= most else some(value):
+        inner = size_of(item, most, depth - 1)
+        if inner is None:
+            return None
+        size += inner
+        if size > most and len(value) > _SAMPLE:
+            break
+    return size
+
+
+def _items(value: Any) -> Iterator[Any]:
+    return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
+
+
+def some(value: Any) -> Iterator[Any]:
+    """Return items of a long container, always the same ones; none of a set, which has no order."""
+    if isinstance(value, dict):
+        return chain(islice(value.items(), _SAMPLE), islice(reversed(value.items()), _SAMPLE))
+    step = max(1, len(value) // _SAMPLE)
+    if isinstance(value, set):
+        return iter(())
+    return islice(value, 0, None, step) if isinstance(value, deque) else iter(value[::step])
+
+
+def sample(value: Any) -> Any:
+    """Return a part of a large value, from all over it, with its size."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().reshape(-1)
+        return [list(value.shape), flat[:: max(1, flat.numel() // 1024)]]
+    if isinstance(value, np.ndarray):
+        return [list(value.shape), value.reshape(-1)[:: max(1, value.size // 1024)]]
+    if isinstance(value, (list, tuple, dict, set, deque)):
+        return [len(value), *map(sample, some(value))]
+    return value
+
+
+def without_folders(tree: Any) -> Any:
+    """Return a tree with the names of files for their paths: folders may be a job's own."""
+    if isinstance(tree, str):
+        return os.path.basename(tree)
+    if isinstance(tree, dict):
+        return {key: without_folders(value) for key, value in tree.items()}
+    return [without_folders(one) for one in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+def pack(value: Any) -> Any:
+    """Return a value in the form that is saved."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, np.ndarray):
+        return {"array": torch.from_numpy(value.copy())}
+    if isinstance(value, np.generic):
+        return {"scalar": torch.from_numpy(np.asarray(value))}
+    if isinstance(value, dict):
+        return {"dict": [[pack(key) for key in value], [pack(one) for one in value.values()]]}
+    if isinstance(value, set):
+        return {"set": sorted(map(pack, value), key=repr)}
+    if isinstance(value, deque):
+        return {"deque": [value.maxlen, *map(pack, value)]}
+    if isinstance(value, (list, tuple)):
+        short = _is_of_short_integers(value)
+        return {type(value).__name__: torch.tensor(value) if short else [pack(one) for one in value]}
+    return value
+
+
+def _is_of_short_integers(value: Any) -> bool:
+    """Whether it is a list of what a tensor holds, as a permutation of a data set's indices is."""
+    if not isinstance(value, (list, tuple)) or set(map(type, value)) != {int}:
+        return False
+    return bool(min(value) >= -(2**63) and max(value) < 2**63)
+
+
+def unpack(packed: Any) -> Any:
+    """Return a value of its own that `pack` was given."""
+    if isinstance(packed, torch.Tensor):
+        return packed.clone()
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, inner),) = packed.items()
+    if kind == "array":
+        return inner.clone().numpy()
+    if kind == "scalar":
+        return inner.numpy()[()]
+    if kind == "dict":
+        return dict(zip(map(unpack, inner[0]), map(unpack, inner[1]), strict=True))
+    if kind == "deque":
+        return deque(map(unpack, inner[1:]), inner[0])
+    items = inner.tolist() if isinstance(inner, torch.Tensor) else map(unpack, inner)
+    return {"list": list, "tuple": tuple, "set": set}[kind](items)
+
+
+def is_large_container(value: Any) -> bool:
+    """Whether a value is a list, dict or the like of more than `LARGE` bytes."""
+    if type(value) not in (list, tuple, dict, set, deque):
+        return False
+    return 8 * len(value) > LARGE or (size_of(value, LARGE) or 0) > LARGE
+
+
+def refilled(live: Any, value: Any) -> Any:
+    """Return what has the content of `value`, the same objects as far as that is possible."""
+    if type(live) is not type(value):
+        return value
+    if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
+        value.shape,
+        value.dtype,
+    ):
+        live[...] = value
+    elif isinstance(live, (list, tuple)):
+        known = [*live[: len(value)], *[None] * (len(value) - len(live))]
+        items = [refilled(old, new) for old, new in zip(known, value, strict=True)]
+        if isinstance(live, list):
+            live[:] = items
+        elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):
+            return tuple(items)
+    elif isinstance(live, dict):
+        content = {key: refilled(live.get(key), one) for key, one in value.items()}
+        live.clear()
+        live.update(content)
+    elif isinstance(live, set):
+        live.clear()
+        live.update(value)
+    else:
+        return value
+    return live
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two values that `pack` returned are the same."""
+    if a is b:
+        return True
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and bool(a == b)
