@@ -42,7 +42,7 @@ class Diagnosis:
     ) -> None:
         self._run, self._setting, self._registry, self._position = run, setting, registry, position
         self._rank, self._before, self._warn = setting.allocation.rank, before, warn
-        self._variables = Variables(belongings, registry.names)
+        self._variables = Variables(belongings, registry.names, position.outside)
         self._looks = 3  # at variables where a loop begins, until the first boundary
 
     # ---- before the first boundary

@@ -424,7 +424,9 @@ def _sampled(value: Any, depth: int = _DEPTH) -> Any:
     return value
 
 
-def frames(frame: types.FrameType | None, outside: set[types.CodeType]) -> tuple[list[types.FrameType], str]:
+def frames(
+    frame: types.FrameType | None, outside: frozenset[types.CodeType]
+) -> tuple[list[types.FrameType], str]:
     """Return the frames of the user's code, from inside out, and the name of the training function's package.
 
     Args:

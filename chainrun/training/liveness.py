@@ -115,9 +115,9 @@ def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]
     name = step.opname
     if name == "LOAD_CONST":
         texts = step.argval if type(step.argval) is tuple else (step.argval,)
-        yield from (
-            Effect("give", ("attribute", text)) for text in texts if type(text) is str and text.isidentifier()
-        )
+        # the names of events have parts; what has none is what a metric is called, mostly
+        events = [text for text in texts if type(text) is str and text.isidentifier() and "_" in text]
+        yield from (Effect("give", ("attribute", event)) for event in events)
         return
     if name in ("LOAD_FAST_AND_CLEAR", "LOAD_CLOSURE"):  # a comprehension puts it aside; a function is made
         return
@@ -163,13 +163,18 @@ class Code:
     Args:
         functions: the code of the functions, by the name that they are called by.
         keys: the names that are asked for.
+        held: the names of variables that hold functions; others are taken to hold those that are made in functions.
     """
 
-    def __init__(self, functions: dict[str, list[types.CodeType]], keys: Iterable[Key]) -> None:
+    def __init__(
+        self, functions: dict[str, list[types.CodeType]], keys: Iterable[Key], held: Iterable[str] = ()
+    ) -> None:
         self._functions, self._keys = functions, frozenset(keys)
         self._known: dict[str, tuple[Keys, Keys]] = {}
-        codes = itertools.chain(*functions.values())
+        codes = [*itertools.chain(*functions.values())]
         self._calls_by_text = any("getattr" in code.co_names for code in codes)
+        inner = (const for code in codes for const in code.co_consts if type(const) is types.CodeType)
+        self._held = {*held, *(code.co_name for code in inner)}
         unnamed = [self._of_call(name)[0] for name in _UNNAMED if name in functions]
         self._everywhere = frozenset(key for keys in unnamed for key in keys if key[0] != "local")
 
@@ -255,14 +260,15 @@ class Code:
     def _matters(self, step: Step) -> bool:
         """Whether it does anything with one of the names, or calls what may."""
         return step.inner is not None or any(
-            key in self._keys if what in ("use", "write") else self._called(what, key[1])
+            key in self._keys if what in ("use", "write") else self._called(what, key)
             for what, key in step.effects
         )
 
-    def _called(self, what: str, name: str) -> list[str]:
+    def _called(self, what: str, key: Key) -> list[str]:
         """Return the functions that an effect may call: ``getattr(callback, "on_end")()``, ``f"on_{event}"``."""
+        kind, name = key
         if what == "call":
-            return [name] if name in self._functions else []
+            return [name] if name in self._functions and (kind != "local" or name in self._held) else []
         if not self._calls_by_text:
             return []
         return [one for one in self._functions if one == name or (name[-1:] == "_" and one.startswith(name))]
@@ -272,7 +278,7 @@ class Code:
             live = self._passed(live, *self._of_code(step.inner), cells)
         for what, key in reversed(step.effects):
             if what in ("call", "give"):
-                for name in self._called(what, key[1]):
+                for name in self._called(what, key):
                     live = self._passed(live, *self._of_call(name), cells)
             elif key in self._keys:
                 live = live | {key} if what == "use" else live - {key}

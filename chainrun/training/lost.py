@@ -99,15 +99,16 @@ class Variables:
     Args:
         registered: returns what checkpoints hold.
         names: returns the names of registered objects, by their ids.
+        outside: the code that ran before the run was begun.
     """
 
-    def __init__(self, registered: Callable[[], Iterable[Any]], names: Callable[[], dict[int, str]]) -> None:
-        self._registered, self._names = registered, names
-        self._outside: set[types.CodeType] = set()  # the code that was running before: it does not begin anew
-        frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
-            self._outside.add(frame.f_code)
-            frame = frame.f_back
+    def __init__(
+        self,
+        registered: Callable[[], Iterable[Any]],
+        names: Callable[[], dict[int, str]],
+        outside: frozenset[types.CodeType],
+    ) -> None:
+        self._registered, self._names, self._outside = registered, names, outside
         self._begun: dict[str, str] = {}  # the marks where the segment's first loop began, or went on
         self._first: dict[str, str] = {}  # those at its first boundary
         self._first_at = -1
@@ -260,7 +261,7 @@ class Variables:
         keys = {key for place in places.values() for key in _keys(place)} | {
             ("local", name) for name in aliases
         }
-        code = Code(functions, keys)
+        code = Code(functions, keys, self._called)
         live = live_in(code, where, gives, around_gives)
         everything = {*(f.f_code for f in where), *itertools.chain(*functions.values())}
         measured = clocks.measured(everything)

@@ -252,7 +252,7 @@ class OnePass:
         """The loop asks for a batch, and there is none."""
         position = self.chain.position
         if self._mark.boundaries != position.boundaries and not position.walking and not position.over:
-            self._mark.passed_on = passed_on.to_the_code_after()
+            self._mark.passed_on = passed_on.to_the_code_after(position.outside)
 
     def make(self) -> Any:
         """Return the next batch.

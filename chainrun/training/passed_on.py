@@ -53,9 +53,13 @@ NOTHING = PassedOn()
 _known: dict[tuple[types.CodeType, int], PassedOn] = {}
 
 
-def to_the_code_after() -> PassedOn:
-    """Return what a loop passes on that is asking for its next turn, of which there is none."""
-    where = _frames()
+def to_the_code_after(outside: frozenset[types.CodeType]) -> PassedOn:
+    """Return what a loop passes on that is asking for its next turn, of which there is none.
+
+    Args:
+        outside: the code that ran before the run was begun.
+    """
+    where = [frame for frame in _frames() if frame.f_code not in outside]
     for frame in where:
         code = frame.f_code
         is_generator = code.co_flags & inspect.CO_GENERATOR  # then the loop around it follows

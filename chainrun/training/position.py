@@ -22,6 +22,7 @@ owner
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -95,6 +96,7 @@ class Position:
         go_on: called when the walk arrives; restores everything registered and the random state.
         random_state: returns everything random, as tensors and plain data.
         set_random_state: sets it.
+        outside: the code that ran before the run was begun, and does not begin anew.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Position:
         go_on: Callable[[], None],
         random_state: Callable[[], Any],
         set_random_state: Callable[[Any], None],
+        outside: frozenset[types.CodeType],
     ) -> None:
         self._tick = 0
         self._scopes = [Scope(None, 0, {})]
@@ -112,6 +115,7 @@ class Position:
             {} if target is None else {p["loop"]: p for p in target["running"]}
         )
         self._go_on, self._random_state, self._set_random_state = go_on, random_state, set_random_state
+        self.outside = outside
         # what is known of loops of which a turn of a range holds an iterator beyond its end: that a later turn goes
         # on with it, or that it makes a new one
         self._kept: set[str] = set() if target is None else {*target.get("kept", ())}

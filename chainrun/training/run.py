@@ -15,7 +15,7 @@ from chainrun.checkpoint import buckets, objects, sharded, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, passed_on, rng, turns, worker
+from chainrun.training import data, passed_on, rng, turns, variables, worker
 from chainrun.training.diagnosis import Diagnosis
 from chainrun.training.extent import Extent
 from chainrun.training.position import CHANGED, Pass, Position
@@ -90,7 +90,9 @@ class Run:
             setting.watch["pace"] = Pace(**self.restored_from.manifest["pace"])
         self.resumed = self.restored_from is not None
         registry = self._registry
-        self._position = Position(target, self._go_on, registry.random_state, registry.set_random_state)
+        outside = variables.codes_around(sys._getframe())
+        streams = (registry.random_state, registry.set_random_state)
+        self._position = Position(target, self._go_on, *streams, outside)
         about = (self._run, setting, registry, self._position, self.restored_from)
         self._diagnosis = Diagnosis(*about, self._belongings, self._warn)
         self._watch = Watch(
@@ -197,7 +199,7 @@ class Run:
                 finally:
                     self._position.pop()
             self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
-            mark.passed_on = passed_on.to_the_code_after()
+            mark.passed_on = passed_on.to_the_code_after(self._position.outside)
             self._at_head(mark)
             exhausted = True
         finally:
@@ -227,7 +229,7 @@ class Run:
                     self.step()
                 self._position.turn()
             self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
-            mark.passed_on = passed_on.to_the_code_after()
+            mark.passed_on = passed_on.to_the_code_after(self._position.outside)
             self._at_head(mark)
             exhausted = True
         finally:

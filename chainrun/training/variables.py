@@ -121,6 +121,15 @@ def users_frames(frame: types.FrameType | None) -> list[types.FrameType]:
     return found
 
 
+def codes_around(frame: types.FrameType | None) -> frozenset[types.CodeType]:
+    """Return the code of a frame and of all that called it: what ran before a run was begun does not begin anew."""
+    found = set()
+    while frame is not None:
+        found.add(frame.f_code)
+        frame = frame.f_back
+    return frozenset(found)
+
+
 def users_modules(frames: list[types.FrameType]) -> list[types.ModuleType]:
     """Return the modules of the frames, and the user's own ones that they use."""
     found: dict[str, types.ModuleType] = {}
