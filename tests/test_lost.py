@@ -925,6 +925,25 @@ class Criterion(torch.nn.Module):
         return value.square().mean()
 
 
+class Lucid:
+    """Counts in the loop's own variable, an attribute that is called like many methods."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.model, self.optimizer, self.step = model, optimizer, 0
+
+    def __call__(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+def attribute_of_a_loop(run: Any, DataLoader: Any) -> None:
+    one = Lucid(*begin(run, DataLoader)[:2])
+    for one.step in run.steps(STEPS):
+        one(one.model(torch.randn(2, 2) + one.step).square().mean())
+        run.log(step=one.step)
+
+
 def attributes_of_a_turn(run: Any, DataLoader: Any) -> None:
     model, optimizer, loader = begin(run, DataLoader)
     callback, criterion = Callback(), Criterion()
@@ -1048,6 +1067,7 @@ QUIET = [
     caches,
     buffers,
     attributes_of_a_turn,
+    attribute_of_a_loop,
     what_checkpoints_hold,
     data_set,
     activations,

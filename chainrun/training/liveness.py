@@ -57,7 +57,8 @@ _KINDS = (("_FAST", "local"), ("DEREF", "local"), ("_GLOBAL", "global"), ("_NAME
 
 
 class Effect(NamedTuple):
-    """What an instruction does with a name: ``use``, ``write`` or ``call`` it, or ``give`` it as a text."""
+    """What an instruction does with a name: ``use``, ``write``, ``call`` it, ``ask`` for an attribute to call, or
+    ``give`` it as a text."""
 
     what: str
     key: Key
@@ -136,10 +137,10 @@ def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]
         if verb != "LOAD" or (place == len(verbs) - 1 and _is_overwritten(then)):
             yield Effect("write", key)
         else:
-            yield Effect("use", key)
             # what else is loaded from an object runs only where it is a property
-            called = kind != "attribute" or name == "LOAD_METHOD" or "NULL|self" in step.argrepr
-            yield Effect("call", key if called else (kind, PROPERTY + key[1]))
+            is_method = kind == "attribute" and (name == "LOAD_METHOD" or "NULL|self" in step.argrepr)
+            yield Effect("ask" if is_method else "use", key)
+            yield Effect("call", key if kind != "attribute" or is_method else (kind, PROPERTY + key[1]))
 
 
 def _is_overwritten(then: list[dis.Instruction]) -> bool:
@@ -164,12 +165,17 @@ class Code:
         functions: the code of the functions, by the name that they are called by.
         keys: the names that are asked for.
         held: the names of variables that hold functions; others are taken to hold those that are made in functions.
+        data: those of the keys that no function is held by: an attribute that is called is another object's.
     """
 
     def __init__(
-        self, functions: dict[str, list[types.CodeType]], keys: Iterable[Key], held: Iterable[str] = ()
+        self,
+        functions: dict[str, list[types.CodeType]],
+        keys: Iterable[Key],
+        held: Iterable[str] = (),
+        data: Iterable[Key] = (),
     ) -> None:
-        self._functions, self._keys = functions, frozenset(keys)
+        self._functions, self._keys, self._data = functions, frozenset(keys), frozenset(data)
         self._known: dict[str, tuple[Keys, Keys]] = {}
         codes = [*itertools.chain(*functions.values())]
         self._calls_by_text = any("getattr" in code.co_names for code in codes)
@@ -260,7 +266,7 @@ class Code:
     def _matters(self, step: Step) -> bool:
         """Whether it does anything with one of the names, or calls what may."""
         return step.inner is not None or any(
-            key in self._keys if what in ("use", "write") else self._called(what, key)
+            self._called(what, key) if what in ("call", "give") else key in self._keys
             for what, key in step.effects
         )
 
@@ -280,8 +286,8 @@ class Code:
             if what in ("call", "give"):
                 for name in self._called(what, key):
                     live = self._passed(live, *self._of_call(name), cells)
-            elif key in self._keys:
-                live = live | {key} if what == "use" else live - {key}
+            elif key in self._keys and not (what == "ask" and key in self._data):
+                live = live - {key} if what == "write" else live | {key}
         return live
 
     @staticmethod

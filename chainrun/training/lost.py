@@ -28,6 +28,7 @@ SECONDS = 0.3  # that a look at the variables may take; what it did not come to 
 MOST = 300  # variables noted
 SHOWN = 5
 _TENSORS = ("Tensor", "Parameter", "ndarray")
+_PLAIN = (*_TENSORS, "bool", "int", "float", "str", "NoneType", "list", "tuple", "dict", "deque")
 _ONCE = ("None", "False", "True")
 
 Told = dict[str, list[Any]]
@@ -261,7 +262,10 @@ class Variables:
         keys = {key for place in places.values() for key in _keys(place)} | {
             ("local", name) for name in aliases
         }
-        code = Code(functions, keys, self._called)
+        leading = {part for place in places.values() for part in place.parts[:-1]}
+        ends = {place.parts[-1] for place in places.values() if place.parts and place.kind in _PLAIN}
+        data = [("attribute", name) for name in ends - leading]
+        code = Code(functions, keys, self._called, data)
         live = live_in(code, where, gives, around_gives)
         everything = {*(f.f_code for f in where), *itertools.chain(*functions.values())}
         measured = clocks.measured(everything)

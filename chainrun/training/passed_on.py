@@ -87,8 +87,8 @@ def _passed_on(where: list[types.FrameType]) -> PassedOn:
     names = {*frame.co_varnames, *frame.co_cellvars}  # bound or not: all ranks have to find the same
     functions = functions_of(where)
     attributes, at_first = _attributes_set(functions)
-    keys = {("local", name) for name in names} | {("attribute", name) for name in attributes}
-    code = Code(functions, keys)
+    set_somewhere = {("attribute", name) for name in attributes}
+    code = Code(functions, {("local", name) for name in names} | set_somewhere, data=set_somewhere)
     live = live_in(code, where, gives=False)[where[0]]
     read_after = sorted(name for name in names if ("local", name) in live)
     written = written_in_the_loop(frame, at) | filled_in_the_loop(frame, at)
