@@ -1433,6 +1433,31 @@ def test_an_iterator_is_made_anew_after_a_look_with_the_first(renewal: str, look
     sweep(train, 12, quick=True)
 
 
+def test_an_iterator_is_made_anew_where_a_function_has_asked_it() -> None:
+    """The StopIteration holds the frames of that function, and so the iterator at its end."""
+
+    def asked(it: Any) -> Any:
+        return next(it)[0]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(other=other)
+        it = iter(other)
+        for _ in run.epochs(4):
+            for x in t.loader:
+                try:
+                    y = asked(it)
+                except StopIteration:
+                    it = iter(other)
+                    y = asked(it)
+                t.learn(x[0] + y)
+                t.step()
+        return t.result()
+
+    sweep(train, 12, quick=True)
+
+
 def test_an_iterator_is_made_anew_in_steps_after_a_look_with_the_first() -> None:
     def train(run: Any, DataLoader: Any) -> str:
         t = Tools(run, DataLoader)

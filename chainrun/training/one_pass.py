@@ -368,9 +368,7 @@ class Batches(Iterator[Any]):
 
     def __next__(self) -> Any:
         caller = sys._getframe(1)  # zip, enumerate and the like have no frame: it is the loop around them
-        mine = self._pass
-        del self  # which the traceback of a StopIteration would keep alive where the function makes a new one
-        return mine.next(by_hand=caller.f_code.co_code[caller.f_lasti] not in _LOOPS)
+        return self._pass.next(by_hand=caller.f_code.co_code[caller.f_lasti] not in _LOOPS)
 
     def __len__(self) -> int:
         return len(self._pass.chain.loader)

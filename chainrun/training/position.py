@@ -60,6 +60,7 @@ class Pass:
     outlived: bool = False  # that turn is over, and a variable holds it still
     goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
     lives: Callable[[], bool] = lambda: False  # whether anything of the function holds it
+    exhausted: bool = False  # it came to its end
     follows: Pass | None = None  # what a variable of an outer scope held, until it is seen if it does still
     beside: bool = False  # that variable went on holding it: this one is another one's
     looked: bool = False  # the variable's earlier one was only looked at, which the walk does again
@@ -179,7 +180,8 @@ class Position:
             outer, new.follows = new.follows, None
             if outer is None:
                 continue
-            if not outer.lives():
+            # one at its end lives on in the StopIteration that the function makes a new one for
+            if outer.exhausted or not outer.lives():
                 for scope in self._scopes:
                     if new.loop in scope.inherited:
                         scope.inherited[new.loop] = new
@@ -320,6 +322,7 @@ class Position:
 
     def end(self, ended: Pass, *, exhausted: bool) -> None:
         """The pass is over (`exhausted`), or was left early."""
+        ended.exhausted = exhausted
         if self.over or self._running.get(ended.loop) is not ended:
             return  # a newer pass has taken its place
         if ended.follows is not None:
