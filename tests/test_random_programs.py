@@ -31,6 +31,9 @@ class Maker:
             {"shuffle": dice.random() < 0.7, "num_workers": int(dice.random() < 0.1)} for _ in range(4)
         ]
         self.block: Block = [("open",)] if self.endless else []
+        self.held = self.endless and dice.random() < 0.4  # looked at first, made anew, gone over beside
+        if self.held:
+            self.block += [("next",)] * dice.randint(0, 4)
         for _ in range(dice.randint(1, 3)):
             kind = dice.choice(["epochs", "epochs", "steps", "plain"])
             if kind == "plain":
@@ -58,6 +61,11 @@ class Maker:
             block.insert(dice.randint(0, len(block)), ("step",))
             if self.endless and dice.random() < 0.5:
                 block.insert(0, ("next",))
+        if self.held and dice.random() < 0.3:
+            block.insert(0, ("open",))
+        elif self.held and 3 not in running and dice.random() < 0.3:
+            inner = self.statements(depth + 1, running | {3}, inside=True) if depth < 3 else [("draw", 2)]
+            block.append(("loop", 3, inner, dice.random() < 0.25))
         return block
 
 
@@ -130,8 +138,14 @@ def test_program_made_at_random(number: int) -> None:
         return
     try:
         cut(train)
-    except RegisterError as refused:  # a batch of the endless loader before a loop that takes more of them
-        assert "was taken before a loop began" in str(refused)
+    except RegisterError as refused:  # by what it does with the iterator that is held
+        said = (
+            "was taken before a loop began",
+            "are used at the same time",
+            "that an earlier turn made is used",
+            "may be used in a later one",
+        )
+        assert any(each in str(refused) for each in said)
         return
     for _ in range(CUTS):
         after = [made.dice.randint(1, max(1, count // 2)) for _ in range(made.dice.choice([1, 1, 4]))]

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader as TorchDataLoader
 from torch.utils.data import Dataset, IterableDataset
 
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import carried, contents, rng
+from chainrun.training import carried, contents, holders, rng
 from chainrun.training.fills import Fills
 from chainrun.training.indices import Again, Counted, State, draws_at_first, samplers_in
 from chainrun.training.iterable import Endless, Turns, carriers
@@ -471,6 +471,8 @@ class Chain:
         saved = self.saved
         if saved is None:
             return []
+        if (path := self.position.holder_of(self.loop)) is not None:
+            holders.give(path, self.position.outside, functools.partial(self.iterate, taken_up=True))
         running = self._pass if self._pass is not None and self._pass.running else None
         place = saved["pass"]
         if place and running and not (running.resumed and running.handed_out == place["drawn"][0]):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import carried, passed_on, rng, wrapped
+from chainrun.training import carried, holders, passed_on, rng, wrapped
 from chainrun.training.indices import Again, Alone, Counted, Drawn, State
 from chainrun.training.iterable import Place
 from chainrun.training.packed import without_folders
@@ -309,6 +309,7 @@ class OnePass:
         self.iterator = iterator
         self._mark.goes_on = lambda: wrapped.goes_on(iterator())
         self._mark.lives = lambda: iterator() is not None
+        self._mark.holder = lambda: holders.find(iterator(), self.chain.position.outside)
 
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""

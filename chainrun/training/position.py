@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.training.holders import Path
 from chainrun.training.passed_on import NOTHING, PassedOn
 
 CHANGED = (
@@ -60,9 +61,10 @@ class Pass:
     outlived: bool = False  # that turn is over, and a variable holds it still
     goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
     lives: Callable[[], bool] = lambda: False  # whether anything of the function holds it
+    holder: Callable[[], Path | None] = lambda: None  # the variable that holds it
+    placed: bool = False  # there was one when its turn was over, so that a resumed function's can be given it
     exhausted: bool = False  # it came to its end
     follows: Pass | None = None  # what a variable of an outer scope held, until it is seen if it does still
-    beside: bool = False  # that variable went on holding it: this one is another one's
     looked: bool = False  # the variable's earlier one was only looked at, which the walk does again
     passed_on: PassedOn = NOTHING  # by its end, to the code after it
     stands_in: bool = (
@@ -193,7 +195,7 @@ class Position:
             if home.loop != "steps":  # of which no turn is begun again
                 self._note_end(outer, home, again=outer.early or outer.looked)
             self._count_here(new)
-            new.range, new.looked, new.beside = self._scopes[-1].loop, False, True
+            new.range, new.looked = self._scopes[-1].loop, False
 
     def _what(self, new: Pass, inherited: bool) -> Begin:
         if self.walking and not self._on_path():
@@ -209,8 +211,8 @@ class Position:
             new.begun = waiting["begun"]
             new.boundaries = 0 if waiting.get("fresh") else -1  # it has passed some in an earlier process
             new.held = waiting["held"]
-            if self.walking and new.line is not None:
-                new.line = self._scopes[-1]  # not the line of another pass that the variable held before
+            if not self.walking:
+                new.line = None  # to which the walk did not come
             if (
                 not self.walking and not inherited
             ):  # the function made it in a place that it has not come to again
@@ -244,6 +246,10 @@ class Position:
     def is_waiting(self, loop: str) -> bool:
         """Whether the walk is over, and a pass over this loop that was running is still to be taken up."""
         return not self.walking and loop in self._waiting
+
+    def holder_of(self, loop: str) -> Path | None:
+        """Return the variable that held a pass which the walk has not come to, None where there was no such thing."""
+        return None if self.walking else self._waiting.get(loop, {}).get("holder")
 
     def forget_waiting(self, loop: str) -> None:
         """A new pass begins although that one was not taken up: it is over."""
@@ -294,11 +300,11 @@ class Position:
         self._tick += 1
         self._see_what_follows()
         if running.outlived:
-            if running.loop in self._renewed or running.beside:
+            if running.loop in self._renewed and not running.placed:
                 raise RegisterError(
-                    f"the iterator over '{running.loop}' that an earlier turn made is used, although "
-                    f"{'there is an older one' if running.beside else 'other turns made a new one'}; a resumed function "
-                    "could not tell which. Make it before the range begins, or anew in every turn that uses it"
+                    f"the iterator over '{running.loop}' that an earlier turn made is used, although other turns made "
+                    "a new one; a resumed function could not tell which. Make it before the range begins, or anew in "
+                    "every turn that uses it"
                 )
             self._kept.add(running.loop)
         if running.advanced is None and running.boundaries >= 0:
@@ -328,7 +334,7 @@ class Position:
         if ended.follows is not None:
             self._see_what_follows()
         del self._running[ended.loop]
-        if ended.stands_in:
+        if ended.stands_in or (ended.outlived and ended.placed):
             return
         scope = self._scopes[-1]
         if ended.home != len(self._scopes) - 1 or ended.loop in scope.inherited:
@@ -375,15 +381,15 @@ class Position:
     def _outlive(self, home: int) -> None:
         for held in [*self._running.values()]:
             if held.home == home and held.loop not in ("epochs", "steps"):
-                held.ordinal, held.outlived = 1, True
-                if held.loop in self._renewed:
+                held.ordinal, held.outlived, held.placed = 1, True, held.holder() is not None
+                if held.loop in self._renewed and not held.placed:
                     self._is_renewed(held)
                 if self._is_unsettled(held):
                     self._unsettled = 1
 
     def _is_unsettled(self, one: Pass) -> bool:
         """Whether nothing tells yet if later turns go on with it: no variable of a resumed function holds it."""
-        known = one.loop in self._kept or one.loop in self._renewed
+        known = one.placed or one.loop in self._kept or one.loop in self._renewed
         return one.outlived and one.range in self._running and not known
 
     def _is_renewed(self, one: Pass) -> None:
@@ -572,6 +578,7 @@ class Position:
                         "ordinal": p.ordinal,
                         "held": p.held,
                         "looked": p.looked,
+                        "holder": p.holder(),
                         "begun": p.begun,
                         "fresh": p.advanced is None and p.boundaries == self.boundaries,
                     }
