@@ -1473,6 +1473,26 @@ def test_an_iterator_is_made_anew_in_steps_after_a_look_with_the_first() -> None
     sweep(train, 9)
 
 
+def test_an_iterator_that_is_never_asked() -> None:
+    """It was of no use; the loops after it are gone through all the same."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(4), batch_size=2)
+        run.register(other=other)
+        it = iter(other)
+        for x in t.loader:
+            t.learn(x)
+            t.step()
+            for y in other:
+                run.log(seen=y[0].sum())
+                run.poll()
+        del it
+        return t.result()
+
+    sweep(train, 3)
+
+
 def test_an_iterator_of_an_earlier_turn_beside_an_older_one() -> None:
     """Two variables hold iterators over one loader, of which the older one is used no more."""
 

@@ -146,9 +146,7 @@ class Position:
                 self.end(self._running[loop], exhausted=False)
         scope = self._scopes[-1]
         outer = scope.inherited.get(loop)
-        saved = self._saved_scope()
-        counted = saved["passes"].get(loop, 0) if saved is not None and self._on_path() else 0
-        if outer is not None and counted > scope.passes.get(loop, 0):  # the variable was seen to keep it
+        if outer is not None and self._was_counted_here(loop):  # the variable was seen to keep it
             self._forget(outer)
             outer = None
         if outer is not None:  # a variable of an outer scope is given a new pass: it counts there
@@ -169,6 +167,21 @@ class Position:
             new.line = None  # the pass that it stands in for was begun elsewhere
             self._running[loop] = new
         return what, new
+
+    def _was_counted_here(self, loop: str) -> bool:
+        """Whether by the checkpoint the next pass over a loop was the present scope's own."""
+        saved = self._saved_scope()
+        if saved is None or not self._on_path():
+            return False
+        so_far = self._scopes[-1].passes.get(loop, 0)
+        waiting = self._waiting.get(loop)
+        here = (
+            len(self._scopes) - 1,
+            so_far + 1,
+        )  # of an earlier turn it may be, and then counts as the first
+        return saved["passes"].get(loop, 0) > so_far or (
+            waiting is not None and (waiting["home"], waiting["ordinal"]) == here
+        )
 
     def _count_here(self, new: Pass) -> None:
         """It is the present scope's own."""
@@ -356,10 +369,14 @@ class Position:
             if ended.passed_on.changed:
                 scope.rests, scope.rests_after = (ended.loop, ended.passed_on.changed), scope.boundaries
             # the code after the begin of a held iterator is gone through again; a loop's body is not
+            never_asked = (
+                ended.advanced is None and not ended.exhausted and ended.loop not in ("epochs", "steps")
+            )
+            held = ended.held or never_asked
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
-                "passes": {} if ended.held else dict(scope.passes),
-                "random": ended.begun if ended.held else self._random_state(),
+                "passes": {} if held else dict(scope.passes),
+                "random": ended.begun if held else self._random_state(),
             }
 
     def push(self, loop: str, what: Begin) -> None:
