@@ -840,6 +840,35 @@ def test_attributes_of_data_and_collate_that_change_are_exact_at_every_cut(worke
     cut_everywhere(train, least=12)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_trainer_that_collates_and_holds_its_loader_is_exact_at_every_cut(workers: int) -> None:
+    """All that it trains with is within the reach of its method, and registered by itself."""
+
+    class Trainer:
+        def __init__(self, run: Any, DataLoader: Any) -> None:
+            self.run, (self.model, self.optimizer) = run, parts()
+            self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3)
+            self.generator = torch.Generator().manual_seed(2)
+            self.loader = DataLoader(
+                Noisy(6), batch_size=2, shuffle=True, num_workers=workers, collate_fn=self.collate
+            )
+            run.register(
+                model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, loader=self.loader
+            )
+
+        def collate(self, items: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack(items) + torch.rand((), generator=self.generator)
+
+        def fit(self) -> str:
+            for _ in self.run.epochs(3):
+                for batch in self.loader:
+                    learn(self.run, self.model, self.optimizer, batch)
+                    self.scheduler.step()
+            return digest(self.model.state_dict())
+
+    cut_everywhere(lambda run, DataLoader: Trainer(run, DataLoader).fit(), least=8)
+
+
 class Harder:
     """A transform that is harder each time; it is called."""
 

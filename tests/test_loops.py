@@ -163,6 +163,13 @@ def test_what_the_code_after_a_loop_reads_of_its_body(loop: Any) -> None:
     whole(train, waits=True)
 
 
+class Output:
+    """Has an attribute of the same name, which is read in the body, and set by a constructor."""
+
+    def __init__(self, last: torch.Tensor) -> None:
+        self.last = last
+
+
 class Fit:
     """A trainer, whose attributes the code after the loop reads."""
 
@@ -172,7 +179,8 @@ class Fit:
             self.last = torch.zeros(())
 
     def training_step(self, x: Any) -> torch.Tensor:
-        self.last = learn(self.t.model, self.t.optimizer, x)
+        out = Output(learn(self.t.model, self.t.optimizer, x))
+        self.last = out.last
         return self.last
 
     def fit(self) -> None:
@@ -1471,6 +1479,28 @@ def test_an_iterator_is_made_anew_in_steps_after_a_look_with_the_first() -> None
         return t.result()
 
     sweep(train, 9)
+
+
+def test_an_iterator_that_another_pass_has_overtaken_is_refused_after_a_cut_as_uncut() -> None:
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(8), batch_size=2, shuffle=True)
+        run.register(other=other)
+        it = iter(other)
+        for _ in run.epochs(2):
+            for n, x in enumerate(t.loader):
+                t.learn(x)
+                t.step()
+                if n == 1:
+                    t.learn(next(it))
+            for y in other:
+                run.log(seen=y[0].sum())
+
+    for cuts in ((), (4,), (5,)):
+        with pytest.raises(
+            RegisterError, match="two passes over the loader 'other' are used at the same time"
+        ):
+            cut(train, cuts)
 
 
 def test_an_iterator_that_is_never_asked() -> None:

@@ -673,6 +673,38 @@ def dict_of_two_names(run: Any, DataLoader: Any) -> None:
         fisher[0] = squares
 
 
+class Swapped:
+    """Puts its weights in the model's place, and those back."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.backup = model, {}
+
+    def apply(self) -> None:
+        for name, p in self.model.named_parameters():
+            self.backup[name] = p.detach().clone()
+            p.data.mul_(0.5)
+
+    def put_back(self) -> None:
+        for name, p in self.model.named_parameters():
+            p.data.copy_(self.backup.get(name, p.data))
+
+
+def weights_put_aside(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    val = DataLoader(torch.ones(4, 2), batch_size=2)
+    run.register(val=val)
+    average = Swapped(model)
+    for _ in run.epochs(3):
+        for batch in loader:
+            update(model, optimizer, batch)
+            run.step()
+        average.apply()
+        for batch in val:
+            run.log(loss=model(batch[0]).sum())
+            run.step()
+        average.put_back()
+
+
 class Smallest:
     def __init__(self) -> None:
         self.smallest = 9.0
@@ -729,6 +761,7 @@ LOST = [
     (called_by_a_text_of_parts, "`five.formed` in called_by_a_text_of_parts()"),
     (called_as_a_partial, ".AVERAGE`"),
     (dict_of_two_names, "the variable `fisher[0]` in dict_of_two_names() is not"),
+    (weights_put_aside, "`average.backup` in weights_put_aside()"),
     (object_of_two_names, "the variable `callbacks[0].smallest` in object_of_two_names() was"),
     (data_class, "`stop.bad` in data_class()"),
     (smoothed, "`window` in smoothed()"),
@@ -761,6 +794,7 @@ LATE = {
     best_weights_of_an_object,
     best_weights_in_a_dict,
     variable_of_a_generator_around_a_loader,
+    weights_put_aside,
 }
 
 

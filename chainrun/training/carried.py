@@ -27,9 +27,20 @@ _DEPTH, _WIDTH = 6, 64  # how deep attributes are followed; longer containers ho
 FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial, staticmethod, classmethod, property)
 
 
+# what a trainer has that is registered by itself
+_REGISTERED = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.GradScaler,
+)
+
+
 def is_stateful(value: Any) -> bool:
     """Whether it gives its state and takes it back; a network does too, but is nothing that loading changes."""
-    if isinstance(value, (*FUNCTIONS, types.ModuleType, torch.nn.Module)):
+    if isinstance(value, (*FUNCTIONS, types.ModuleType, *_REGISTERED)):
+        return False
+    if _is_chainruns(value):
         return False
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
@@ -69,13 +80,18 @@ def _children(value: Any) -> Iterator[Any]:
         yield value.fget
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    elif not isinstance(value, types.ModuleType):
+    elif not isinstance(value, types.ModuleType) and not _is_chainruns(value):
         yield from getattr(value, "__dict__", {}).values()
         for kind in type(value).__mro__:
             if _is_users(kind):
                 for name in _slots(kind):
                     yield getattr(value, name, None)
                 yield from vars(kind).values()
+
+
+def _is_chainruns(value: Any) -> bool:
+    """Whether it is a loader or the like, to which a trainer leads whose method collates: found by itself."""
+    return type(value).__module__.partition(".")[0] == "chainrun"
 
 
 def fields(value: Any) -> list[tuple[str, Any]]:

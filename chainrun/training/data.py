@@ -283,7 +283,7 @@ class Chain:
         self.passes += 1
         if what == "skip":
             self._stands_in = True
-            return Skipped(self)
+            return Skipped(self, mark)
         self._pass = OnePass(self, mark)
         if what == "resume":
             self._pass.resume()

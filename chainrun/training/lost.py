@@ -154,6 +154,8 @@ class Variables:
             changed = first[name] != place.mark if name in first else None
             if changed is None and _shown(first.get(_variable_of(place), "")) == "None":
                 changed = True  # the variable has got it since then
+            if changed is None and place.kind == WEIGHTS:
+                changed = True  # a copy, to be put back later
             if changed or place.is_variable:
                 found[name] = [*place, changed]
         ways = sorted(

@@ -25,6 +25,7 @@ from chainrun.training.worker import End
 if TYPE_CHECKING:
     from chainrun.training.data import Chain
 
+_FIRST = 2  # passes of a process over a loader: the later ones are asked like these
 _LOOPS = {dis.opmap[name] for name in ("FOR_ITER", "SEND", "YIELD_FROM") if name in dis.opmap}
 
 
@@ -70,7 +71,7 @@ class OnePass:
         self.running = True
         self.resumed = False
         self.superseded = False
-        self._failed = False
+        self._failed = self._asked = False
         self.iterator: Callable[[], Any] = lambda: None  # what the function has got
         self._given: list[weakref.ref[torch.Tensor]] = []  # until it was looked for those who keep them
         self._length = (
@@ -202,10 +203,7 @@ class OnePass:
                 "run.step() by an unknown number of batches. Give the loader workers (num_workers=) instead"
             )
         if self.superseded:
-            raise RegisterError(
-                f"two passes over the loader '{chain.name}' are used at the same time; a resume could not tell "
-                "them apart: build and register a second loader for the second loop"
-            )
+            _refuse_two_passes(chain.name)
         if self._failed:
             raise RegisterError(
                 f"the function goes on with the loader '{chain.name}' after an error in one of its batches; what its "
@@ -215,11 +213,15 @@ class OnePass:
         if not self.running:
             raise StopIteration  # as an iterator says again and again; it is no place to go on from
         self._mark.passed_on = passed_on.NOTHING
+        if not self._asked:
+            self._asked = True
+            if chain.passes <= _FIRST:
+                chain.position.note_bound(self._mark)
         if self.handed_out and self.handed_out == self._length:
             self._end_is_near()
         if not self._looked and self.handed_out and self._mark.boundaries != chain.position.boundaries:
             self._looked = True  # only a pass with boundaries inside is ever cut
-            if chain.passes <= 2:  # the later ones are asked like these
+            if chain.passes <= _FIRST:
                 wrapped.refuse(self._around, self.iterator(), chain.name)
                 passed_on.refuse_ahead(self._given, chain.name)
                 passed_on.refuse_collected(chain.name)
@@ -252,7 +254,7 @@ class OnePass:
         """The loop asks for a batch, and there is none."""
         position = self.chain.position
         if self._mark.boundaries != position.boundaries and not position.walking and not position.over:
-            self._mark.passed_on = passed_on.to_the_code_after(position.outside)
+            position.end_is_near(self._mark)
 
     def make(self) -> Any:
         """Return the next batch.
@@ -347,16 +349,25 @@ class OnePass:
                     self.chain.note_early(ended=True)
 
 
+def _refuse_two_passes(name: str) -> None:
+    raise RegisterError(
+        f"two passes over the loader '{name}' are used at the same time; a resume could not tell them apart: build and "
+        "register a second loader for the second loop"
+    )
+
+
 class Skipped(Iterator[Any]):
     """Gives nothing during the walk. A variable that holds it goes on with the pass that it held then."""
 
-    def __init__(self, chain: Chain) -> None:
-        self._chain = chain
+    def __init__(self, chain: Chain, mark: Mark) -> None:
+        self._chain, self._mark = chain, mark
         self._batches: Iterator[Any] = iter(())
 
     def __next__(self) -> Any:
         if self._chain.position.is_waiting(self._chain.loop):
             self._batches = self._chain.iterate(taken_up=True)
+        elif not self._chain.position.walking and not self._mark.exhausted:
+            _refuse_two_passes(self._chain.name)  # as uncut: another one had begun before the cut
         return next(self._batches)
 
 

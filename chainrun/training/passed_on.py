@@ -14,7 +14,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -36,7 +36,8 @@ from chainrun.training.variables import locals_of, users_frames
 
 _DEPTH = 2  # containers in containers
 _COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
-_CONSTRUCTORS = ("__init__", "__post_init__", "__new__")
+Bound: TypeAlias = set[tuple[int, str]]
+"""The ids of objects, and the names of their attributes."""
 _COLLECT = ("list", "tuple", "set", "frozenset", "dict", "sum", "sorted", "min", "max")
 
 
@@ -47,17 +48,35 @@ class PassedOn(NamedTuple):
     """Those that only the loop's body gives a value."""
     changed: tuple[str, ...] = ()
     """All that the body changes."""
+    late: tuple[str, ...] = ()
+    """Attributes that objects have only since the loop, and that code after it may read of them, or of others."""
 
 
 NOTHING = PassedOn()
 _known: dict[tuple[types.CodeType, int], PassedOn] = {}
 
 
-def to_the_code_after(outside: frozenset[types.CodeType]) -> PassedOn:
+def bound(outside: frozenset[types.CodeType]) -> Bound:
+    """Return which attributes the user's objects have that variables lead to.
+
+    Args:
+        outside: the code that ran before the run was begun.
+    """
+    found: Bound = set()
+    for frame in _frames():
+        if frame.f_code not in outside:
+            for value in locals_of(frame).values():
+                for inner in (value, *(one for _, one in _attributes(value))):
+                    found.update((id(inner), name) for name, _ in _attributes(inner))
+    return found
+
+
+def to_the_code_after(outside: frozenset[types.CodeType], late: Bound) -> PassedOn:
     """Return what a loop passes on that is asking for its next turn, of which there is none.
 
     Args:
         outside: the code that ran before the run was begun.
+        late: the attributes that objects have got in loops, and would not have in a resumed function.
     """
     where = [frame for frame in _frames() if frame.f_code not in outside]
     for frame in where:
@@ -67,10 +86,10 @@ def to_the_code_after(outside: frozenset[types.CodeType]) -> PassedOn:
         if read(code)[place].name == "FOR_ITER":
             key = (code, frame.f_lasti)
             if key not in _known:
-                found = _passed_on(where[where.index(frame) :])
+                found = _passed_on(where[where.index(frame) :], {name for _, name in late})
                 if is_generator:  # what one gives after its loop, a resumed one does not come to
                     found = (
-                        PassedOn(found.changed, found.changed)
+                        PassedOn(found.changed, found.changed, found.late)
                         if gives_after(code, frame.f_lasti)
                         else NOTHING
                     )
@@ -82,12 +101,13 @@ def to_the_code_after(outside: frozenset[types.CodeType]) -> PassedOn:
     return NOTHING
 
 
-def _passed_on(where: list[types.FrameType]) -> PassedOn:
+def _passed_on(where: list[types.FrameType], late: set[str]) -> PassedOn:
     frame, at = where[0].f_code, where[0].f_lasti
     names = {*frame.co_varnames, *frame.co_cellvars}  # bound or not: all ranks have to find the same
     functions = functions_of(where)
-    attributes, at_first = _attributes_set(functions)
-    set_somewhere = {("attribute", name) for name in attributes}
+    steps = itertools.chain(*(read(one) for one in itertools.chain(*functions.values())))
+    written_to = {key for step in steps for what, key in step.effects if what == "write"}
+    set_somewhere = {key for key in written_to if key[0] == "attribute"}
     code = Code(functions, {("local", name) for name in names} | set_somewhere, data=set_somewhere)
     live = live_in(code, where, gives=False)[where[0]]
     read_after = sorted(name for name in names if ("local", name) in live)
@@ -99,19 +119,10 @@ def _passed_on(where: list[types.FrameType]) -> PassedOn:
     carried = live_in(code, where, gives=True)[where[0]]
     set_in_a_turn = sorted(name for kind, name in live - carried if kind == "attribute")
     changed += [f".{name}" for name in set_in_a_turn]
-    unbound += [f".{name}" for name in set_in_a_turn if name not in at_first]
-    return PassedOn(tuple(unbound), tuple(changed))
-
-
-def _attributes_set(functions: dict[str, list[types.CodeType]]) -> tuple[set[str], set[str]]:
-    """Return the names of the attributes that some functions set, and of those that a constructor does."""
-    found: dict[bool, set[str]] = {False: set(), True: set()}
-    for name, codes in functions.items():
-        for step in itertools.chain(*map(read, codes)):
-            found[name in _CONSTRUCTORS] |= {
-                key[1] for what, key in step.effects if what == "write" and key[0] == "attribute"
-            }
-    return found[False] | found[True], found[True]
+    unbound += [f".{name}" for name in set_in_a_turn if name in late]
+    read_late = sorted(name for name in late - {*set_in_a_turn} if ("attribute", name) in live)
+    changed += [f".{name}" for name in read_late]
+    return PassedOn(tuple(unbound), tuple(changed), tuple(f".{name}" for name in read_late))
 
 
 def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:

@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.training import passed_on
 from chainrun.training.holders import Path
-from chainrun.training.passed_on import NOTHING, PassedOn
+from chainrun.training.passed_on import NOTHING, Bound, PassedOn
 
 CHANGED = (
     "its loops or its arguments have changed, so go back to the code that wrote the checkpoint, or start a new run; or a "
@@ -67,6 +68,7 @@ class Pass:
     follows: Pass | None = None  # what a variable of an outer scope held, until it is seen if it does still
     looked: bool = False  # the variable's earlier one was only looked at, which the walk does again
     passed_on: PassedOn = NOTHING  # by its end, to the code after it
+    bound: Bound | None = None  # the attributes that objects had before the body ran
     stands_in: bool = (
         False  # skipped, for a later pass of the same variable, which is taken up after the walk
     )
@@ -119,6 +121,9 @@ class Position:
         )
         self._go_on, self._random_state, self._set_random_state = go_on, random_state, set_random_state
         self.outside = outside
+        self._late: Bound = (
+            set()
+        )  # attributes that objects have got in loops: a resumed function's have them not
         # what is known of loops of which a turn of a range holds an iterator beyond its end: that a later turn goes
         # on with it, or that it makes a new one
         self._kept: set[str] = set() if target is None else {*target.get("kept", ())}
@@ -241,6 +246,7 @@ class Position:
                 f"the checkpoint was taken ({self.describe_target()}): {CHANGED}"
             )
         ended = saved["ended"].get(f"{new.loop} {new.ordinal}")
+        new.exhausted = ended is None or ended.get("exhausted", True)
         if ended is not None and ended["random"] is not None:
             self._set_random_state(ended["random"])  # code between two loops draws what it drew then
             if ended["passes"]:
@@ -339,6 +345,16 @@ class Position:
         running.early = running.early and running.boundaries == self.boundaries
         running.depth, running.advanced = len(self._scopes), self._tick
 
+    def note_bound(self, running: Pass) -> None:
+        """Note which attributes the function's objects have before the loop's body runs."""
+        running.bound = passed_on.bound(self.outside)
+
+    def end_is_near(self, running: Pass) -> None:
+        """The loop asks for its next turn, and there is none: see what its body passes on."""
+        if running.bound is not None:
+            self._late |= passed_on.bound(self.outside) - running.bound
+        running.passed_on = passed_on.to_the_code_after(self.outside, self._late)
+
     def end(self, ended: Pass, *, exhausted: bool) -> None:
         """The pass is over (`exhausted`), or was left early."""
         ended.exhausted = exhausted
@@ -364,8 +380,9 @@ class Position:
             if ended.ordinal not in glances:
                 glances.append(ended.ordinal)
         else:
-            if ended.passed_on.unbound:
-                scope.lacks = (ended.loop, ended.passed_on.unbound)
+            lacks = ended.passed_on.unbound + (ended.passed_on.late if scope.loop == "epochs" else ())
+            if lacks:
+                scope.lacks = (ended.loop, lacks)
             if ended.passed_on.changed:
                 scope.rests, scope.rests_after = (ended.loop, ended.passed_on.changed), scope.boundaries
             # the code after the begin of a held iterator is gone through again; a loop's body is not
@@ -375,6 +392,7 @@ class Position:
             held = ended.held or never_asked
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
+                "exhausted": ended.exhausted,
                 "passes": {} if held else dict(scope.passes),
                 "random": ended.begun if held else self._random_state(),
             }

@@ -15,7 +15,7 @@ from chainrun.checkpoint import buckets, objects, sharded, state
 from chainrun.checkpoint.store import Committed
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
-from chainrun.training import data, passed_on, rng, turns, variables, worker
+from chainrun.training import data, rng, turns, variables, worker
 from chainrun.training.diagnosis import Diagnosis
 from chainrun.training.extent import Extent
 from chainrun.training.position import CHANGED, Pass, Position
@@ -181,6 +181,7 @@ class Run:
         if what == "skip":
             return
         exhausted = False
+        self._position.note_bound(mark)
         try:
             place = self._resume_range("epochs", what)
             for index in range(place["index"], n):
@@ -199,7 +200,7 @@ class Run:
                 finally:
                     self._position.pop()
             self._ranges["epochs"] = {"index": max(n, place["index"]), "of": n, "random": None}
-            mark.passed_on = passed_on.to_the_code_after(self._position.outside)
+            self._position.end_is_near(mark)
             self._at_head(mark)
             exhausted = True
         finally:
@@ -217,6 +218,7 @@ class Run:
             return
         self._position.push("steps", what)
         exhausted = False
+        self._position.note_bound(mark)
         try:
             place = self._resume_range("steps", what)
             for index in range(place["index"], n):
@@ -229,7 +231,7 @@ class Run:
                     self.step()
                 self._position.turn()
             self._ranges["steps"] = {"index": max(n, place["index"]), "of": n, "random": None}
-            mark.passed_on = passed_on.to_the_code_after(self._position.outside)
+            self._position.end_is_near(mark)
             self._at_head(mark)
             exhausted = True
         finally:
