@@ -1266,6 +1266,24 @@ def test_a_loop_that_begins_where_the_state_says_is_refused_and_gone_on_with_fro
     sweep(train, 12, quick=True)
 
 
+def test_a_loop_over_what_is_left_to_do_may_count_otherwise() -> None:
+    """Folds that are done are in run.state; the number in front of the fold is another one after a cut."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        loaders = [DataLoader(items(4 + fold), batch_size=2, shuffle=True) for fold in range(3)]
+        model, optimizer = parts()
+        run.register(model=model, optimizer=optimizer, **{f"fold{n}": each for n, each in enumerate(loaders)})
+        done = run.state.setdefault("done", [])
+        for _, fold in enumerate([fold for fold in range(3) if fold not in done]):
+            for x in loaders[fold]:
+                run.step(loss=learn(model, optimizer, x))
+            done.append(fold)
+        return digest(model.state_dict())
+
+    for cuts in ((1,), (3,), (6,), (2, 4, 6)):
+        assert plain(train).difference(cut(train, cuts)) is None
+
+
 def test_a_loops_variable_that_its_body_changes_is_no_count_of_its_turns() -> None:
     def train(run: Any, DataLoader: Any) -> str:
         t = Tools(run, DataLoader)

@@ -611,13 +611,17 @@ class ByName:
     """Called by no name of its methods."""
 
     def __init__(self, model: Any, optimizer: Any) -> None:
-        self.model, self.optimizer, self.held, self.given, self.formed = model, optimizer, 0.0, 0.0, 0.0
+        self.model, self.optimizer, self.listed = model, optimizer, 0.0
+        self.held = self.given = self.formed = 0.0
 
     def in_a_variable(self, x: torch.Tensor) -> None:
         self.held = 0.9 * self.held + update(self.model, self.optimizer, x + self.held).item()
 
     def after_the_batch(self, x: torch.Tensor) -> None:
         self.given = 0.9 * self.given + update(self.model, self.optimizer, x + self.given).item()
+
+    def in_a_list(self, x: torch.Tensor) -> None:
+        self.listed = 0.9 * self.listed + update(self.model, self.optimizer, x + self.listed).item()
 
     def when_training(self, x: torch.Tensor) -> None:
         self.formed = 0.9 * self.formed + update(self.model, self.optimizer, x + self.formed).item()
@@ -671,6 +675,33 @@ def dict_of_two_names(run: Any, DataLoader: Any) -> None:
         update(model, optimizer, torch.randn(2, 2) + penalty.item())
         squares = {name: fisher[0][name] + p.grad.square() for name, p in model.named_parameters()}
         fisher[0] = squares
+
+
+def called_from_a_list(run: Any, DataLoader: Any) -> None:
+    six = ByName(*begin(run, DataLoader)[:2])
+    hooks = [six.in_a_list]
+    for _ in run.steps(STEPS):
+        x = torch.randn(2, 2)
+        for hook in hooks:
+            hook(x)
+
+
+class Controller:
+    """Its call always writes what the loop has read before."""
+
+    def __init__(self) -> None:
+        self.beta = 1.0
+
+    def __call__(self, loss: torch.Tensor) -> None:
+        self.beta = loss.item() * 2
+
+
+def read_before_the_call_that_writes(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    control = Controller()
+    for _ in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2) * control.beta)
+        control(loss)
 
 
 class Swapped:
@@ -761,6 +792,8 @@ LOST = [
     (called_by_a_text_of_parts, "`five.formed` in called_by_a_text_of_parts()"),
     (called_as_a_partial, ".AVERAGE`"),
     (dict_of_two_names, "the variable `fisher[0]` in dict_of_two_names() is not"),
+    (called_from_a_list, "`hooks[0].__self__.listed` in called_from_a_list()"),
+    (read_before_the_call_that_writes, "`control.beta` in read_before_the_call_that_writes()"),
     (weights_put_aside, "`average.backup` in weights_put_aside()"),
     (object_of_two_names, "the variable `callbacks[0].smallest` in object_of_two_names() was"),
     (data_class, "`stop.bad` in data_class()"),

@@ -43,7 +43,7 @@ from chainrun.training.one_pass import (
     workers_from_plain,
     workers_to_plain,
 )
-from chainrun.training.position import Pass as Mark
+from chainrun.training.passes import Pass as Mark
 from chainrun.training.position import Position
 from chainrun.training.stop import end_with
 from chainrun.training.worker import Collate, Counter, InitWorker, Items

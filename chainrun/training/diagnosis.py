@@ -15,7 +15,8 @@ from chainrun.checkpoint.store import Committed
 from chainrun.rundir import RunDir
 from chainrun.training import turns, witness
 from chainrun.training.lost import Variables
-from chainrun.training.position import Pass, Position
+from chainrun.training.passes import Pass
+from chainrun.training.position import Position
 from chainrun.training.registry import Registry
 from chainrun.training.saving import Setting
 from chainrun.training.stop import Wish
@@ -69,7 +70,7 @@ class Diagnosis:
             self._setting.say(f"what variables hold is not followed: {type(error).__name__}: {error}")
 
     @property
-    def turns(self) -> dict[str, int]:
+    def turns(self) -> turns.Turns:
         """In which turns the function's own loops are."""
         return turns.turns(self._variables.frames())
 

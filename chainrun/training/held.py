@@ -127,7 +127,12 @@ class Kept(variables.Held):
         if time.monotonic() > self._until:
             return
         if codes := _code_called(value):  # under another name than its own: `step = self.training_step`
-            self.called.setdefault((re.findall(r"\w+", name) or [name])[-1], []).extend(codes)
+            last = (re.findall(r"\w+", name) or [name])[-1]
+            if not name.endswith("]"):
+                self.called.setdefault(last, []).extend(codes)
+            elif kind is not types.FunctionType or "<" in value.__qualname__:
+                # a hook, called by no name of its own; a module's functions by names may be of many uses
+                self.called.setdefault("__call__", []).extend(codes)
         if kind is types.FunctionType or issubclass(kind, type):
             own = vars(value) if is_users_own(value) and depth else {}
             for inner, one in [*own.items()]:

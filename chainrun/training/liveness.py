@@ -140,7 +140,15 @@ def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]
             # what else is loaded from an object runs only where it is a property
             is_method = kind == "attribute" and (name == "LOAD_METHOD" or "NULL|self" in step.argrepr)
             yield Effect("ask" if is_method else "use", key)
-            yield Effect("call", key if kind != "attribute" or is_method else (kind, PROPERTY + key[1]))
+            if kind == "attribute" and not is_method:
+                yield Effect("call", (kind, PROPERTY + key[1]))
+            elif kind == "attribute" or place < len(verbs) - 1 or not _is_taken_apart(then):
+                yield Effect("call", key)
+
+
+def _is_taken_apart(then: list[dis.Instruction]) -> bool:
+    """Whether of what was loaded an attribute is wanted: it is not called itself."""
+    return bool(then) and then[0].opname in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR")
 
 
 def _is_overwritten(then: list[dis.Instruction]) -> bool:
@@ -406,8 +414,8 @@ def written_before_the_loop(code: types.CodeType, at: int) -> set[str]:
     return written - body
 
 
-def counted_around(code: types.CodeType, at: int) -> set[str]:
-    """Return the local variables that the loops around an offset give their turns to, and nothing else writes."""
+def counted_around(code: types.CodeType, at: int) -> list[list[str]]:
+    """Return the local variables that each loop around an offset gives its turns to, and nothing else writes."""
     steps = read(code)
     place = place_of(steps, at)
     found = []
@@ -416,9 +424,9 @@ def counted_around(code: types.CodeType, at: int) -> set[str]:
             targets = itertools.takewhile(
                 lambda one: one.name.startswith(("STORE", "UNPACK")), steps[n + 1 :]
             )
-            found += [key[1] for one in targets for what, key in one.effects if what == "write"]
+            found.append([key[1] for one in targets for what, key in one.effects if what == "write"])
     written = [key[1] for step in steps for what, key in step.effects if what == "write"]
-    return {name for name in found if written.count(name) == 1}
+    return [[name for name in names if written.count(name) == 1] for names in found]
 
 
 def gives_after(code: types.CodeType, at: int) -> bool:

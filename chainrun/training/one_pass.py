@@ -19,7 +19,7 @@ from chainrun.training import carried, holders, passed_on, rng, wrapped
 from chainrun.training.indices import Again, Alone, Counted, Drawn, State
 from chainrun.training.iterable import Place
 from chainrun.training.packed import without_folders
-from chainrun.training.position import Pass as Mark
+from chainrun.training.passes import Pass as Mark
 from chainrun.training.worker import End
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.training import passed_on
 from chainrun.training.holders import Path
-from chainrun.training.passed_on import NOTHING, Bound, PassedOn
+from chainrun.training.passed_on import NOTHING, Bound
+from chainrun.training.passes import LoopsVariables, Pass, Scope
 
 CHANGED = (
     "its loops or its arguments have changed, so go back to the code that wrote the checkpoint, or start a new run; or a "
@@ -38,59 +38,6 @@ CHANGED = (
     "`for epoch in run.epochs(n):`, which counts by itself, or `range(n)` from 0"
 )
 Begin = Literal["fresh", "skip", "resume"]
-LoopsVariables: TypeAlias = tuple[str, tuple[str, ...]]
-
-
-@dataclass(eq=False)
-class Pass:
-    """One pass over a loop."""
-
-    loop: str
-    home: int  # the scope in which a resumed function begins it again, as an index
-    ordinal: int  # the how-manyth pass over this loop since that scope began
-    began: int  # tick
-    boundaries: int  # of this process, when it began
-    advanced: int | None = None  # tick at which it last handed something out
-    depth: int = 0  # how many scopes there were then
-    direct: bool = False  # it was held, and asked in no loader's loop
-    by_hand: bool = False  # last asked with next() instead of by a loop
-    held: bool = False  # asked with next() from its first batch on: the code after its begin is no body of it
-    early: bool = True  # no boundary was passed between its begin and its last batch
-    begun: dict[str, Any] | None = None  # random state after the ``iter()`` of that line
-    line: Scope | None = None  # where the walk comes to the line that began it; None inside a loader's loop
-    range: str | None = None  # ``epochs`` or ``steps``, in a turn of which it counts
-    outlived: bool = False  # that turn is over, and a variable holds it still
-    goes_on: Callable[[], bool | None] = lambda: None  # whether it will be asked again, None for unknown
-    lives: Callable[[], bool] = lambda: False  # whether anything of the function holds it
-    holder: Callable[[], Path | None] = lambda: None  # the variable that holds it
-    placed: bool = False  # there was one when its turn was over, so that a resumed function's can be given it
-    exhausted: bool = False  # it came to its end
-    follows: Pass | None = None  # what a variable of an outer scope held, until it is seen if it does still
-    looked: bool = False  # the variable's earlier one was only looked at, which the walk does again
-    passed_on: PassedOn = NOTHING  # by its end, to the code after it
-    bound: Bound | None = None  # the attributes that objects had before the body ran
-    stands_in: bool = (
-        False  # skipped, for a later pass of the same variable, which is taken up after the walk
-    )
-
-
-@dataclass(eq=False)
-class Scope:
-    """The counts since the function, a turn of `epochs` or a `steps` range began."""
-
-    loop: str | None
-    began: int  # tick
-    inherited: dict[str, Pass]  # passes that were running when the scope began
-    resumed: bool = True  # during the walk: it is the checkpoint's scope, not another one on the way
-    passes: dict[str, int] = field(default_factory=dict)
-    glances: dict[str, list[int]] = field(default_factory=dict)  # passes to run again on the walk
-    boundaries: int = 0
-    quiet: bool = True  # no boundary was passed since it began, in inner scopes neither
-    ended: dict[str, Any] = field(default_factory=dict)  # by pass: the counts and the random state at its end
-    # a loop that is over, and the variables of its body that the code after it reads and a resumed turn
-    lacks: LoopsVariables | None = None  # has not at all
-    rests: LoopsVariables | None = None  # has other values of, at the first boundary after the loop
-    rests_after: int = 0  # the boundaries that there were before that one
 
 
 class Position:
@@ -121,16 +68,13 @@ class Position:
         )
         self._go_on, self._random_state, self._set_random_state = go_on, random_state, set_random_state
         self.outside = outside
-        self._late: Bound = (
-            set()
-        )  # attributes that objects have got in loops: a resumed function's have them not
+        self._late: Bound = set()  # what objects have got in loops, and a resumed function's have not
         # what is known of loops of which a turn of a range holds an iterator beyond its end: that a later turn goes
         # on with it, or that it makes a new one
         self._kept: set[str] = set() if target is None else {*target.get("kept", ())}
         self._renewed: set[str] = set() if target is None else {*target.get("renewed", ())}
-        self._unsettled = (
-            0  # such an iterator of which neither is known: boundaries since its turn was over, and 1
-        )
+        # such an iterator of which neither is known: boundaries since its turn was over, and 1
+        self._unsettled = 0
         self.over = False  # the segment ends: what ends with it does not count
         self.walking = target is not None
         self.boundaries = 0  # passed by this process, the walk's not counted
@@ -180,13 +124,10 @@ class Position:
             return False
         so_far = self._scopes[-1].passes.get(loop, 0)
         waiting = self._waiting.get(loop)
-        here = (
-            len(self._scopes) - 1,
-            so_far + 1,
-        )  # of an earlier turn it may be, and then counts as the first
-        return saved["passes"].get(loop, 0) > so_far or (
-            waiting is not None and (waiting["home"], waiting["ordinal"]) == here
-        )
+        here = (len(self._scopes) - 1, so_far + 1)
+        # one of an earlier turn is in no scope's counts, and is the first of this one
+        is_waiting_here = waiting is not None and (waiting["home"], waiting["ordinal"]) == here
+        return saved["passes"].get(loop, 0) > so_far or is_waiting_here
 
     def _count_here(self, new: Pass) -> None:
         """It is the present scope's own."""
@@ -221,19 +162,18 @@ class Position:
         waiting = self._waiting.get(new.loop)
         if waiting and (not self.walking or (waiting["home"], waiting["ordinal"]) == (new.home, new.ordinal)):
             new.looked = waiting.get("looked", False)
-            if (
-                new.looked and self.walking
-            ):  # the walk looks as the function did; at its end the pass is moved to its place
-                return "fresh"
+            if new.looked and self.walking:
+                return (
+                    "fresh"  # the walk looks as the function did; at its end the pass is moved to its place
+                )
             del self._waiting[new.loop]
             new.begun = waiting["begun"]
             new.boundaries = 0 if waiting.get("fresh") else -1  # it has passed some in an earlier process
             new.held = waiting["held"]
             if not self.walking:
                 new.line = None  # to which the walk did not come
-            if (
-                not self.walking and not inherited
-            ):  # the function made it in a place that it has not come to again
+            if not self.walking and not inherited:
+                # the function made it in a place that it has not come to again
                 self._scopes[-1].passes[new.loop] -= 1
             new.home, new.ordinal = waiting["home"], waiting["ordinal"]
             return "resume"
@@ -386,10 +326,8 @@ class Position:
             if ended.passed_on.changed:
                 scope.rests, scope.rests_after = (ended.loop, ended.passed_on.changed), scope.boundaries
             # the code after the begin of a held iterator is gone through again; a loop's body is not
-            never_asked = (
-                ended.advanced is None and not ended.exhausted and ended.loop not in ("epochs", "steps")
-            )
-            held = ended.held or never_asked
+            never_asked = ended.advanced is None and not ended.exhausted
+            held = ended.held or (never_asked and ended.loop not in ("epochs", "steps"))
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
                 "exhausted": ended.exhausted,
@@ -416,7 +354,8 @@ class Position:
     def _outlive(self, home: int) -> None:
         for held in [*self._running.values()]:
             if held.home == home and held.loop not in ("epochs", "steps"):
-                held.ordinal, held.outlived, held.placed = 1, True, held.holder() is not None
+                held.placed = held.placed if held.outlived else held.holder() is not None
+                held.ordinal, held.outlived = 1, True
                 if held.loop in self._renewed and not held.placed:
                     self._is_renewed(held)
                 if self._is_unsettled(held):

@@ -18,7 +18,8 @@ from chainrun.rundir import RunDir
 from chainrun.training import data, rng, turns, variables, worker
 from chainrun.training.diagnosis import Diagnosis
 from chainrun.training.extent import Extent
-from chainrun.training.position import CHANGED, Pass, Position
+from chainrun.training.passes import Pass
+from chainrun.training.position import CHANGED, Position
 from chainrun.training.registry import Registry
 from chainrun.training.rhythm import Pace
 from chainrun.training.saving import Saving, Setting
