@@ -1371,8 +1371,7 @@ def test_iterator_that_is_held_after_a_look() -> None:
     sweep(train, 6)
 
 
-@pytest.mark.parametrize("looks", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("generator", [False, True])
+@pytest.mark.parametrize(("looks", "generator"), [(1, False), (3, False), (4, True), (6, False)])
 def test_an_iterator_is_held_after_a_look_at_the_loader_of_the_training(looks: int, generator: bool) -> None:
     """The tutorials' first batch, or a search for a learning rate over more than an epoch."""
 
@@ -1421,14 +1420,7 @@ def test_an_iterator_is_held_after_a_look_at_the_loader_of_an_evaluation() -> No
 
 @pytest.mark.parametrize(
     ("renewal", "looks"),
-    [
-        ("each epoch", 1),
-        ("some epochs", 1),
-        ("late", 1),
-        ("each epoch", 4),
-        ("some epochs", 4),
-        ("at its end", 4),
-    ],
+    [("each epoch", 4), ("some epochs", 1), ("late", 1), ("at its end", 4)],
 )
 def test_an_iterator_is_made_anew_after_a_look_with_the_first(renewal: str, looks: int) -> None:
     """What was looked at is a batch of the first one at each resume, whatever the variable holds by then."""
@@ -1848,8 +1840,10 @@ HELD = [
 ]
 
 
-@pytest.mark.parametrize("loop", HELD)
-@pytest.mark.parametrize("looked", [False, True])
+@pytest.mark.parametrize(
+    ("loop", "looked"),
+    [*((loop, False) for loop in HELD), *((loop, True) for loop in (begun_late, made_again_at_times))],
+)
 def test_an_iterator_that_outlives_the_turn_that_made_it(loop: Any, looked: bool) -> None:
     """The variable that holds it holds it again in a resumed function, whatever that does with it."""
 

@@ -228,6 +228,20 @@ class Code:
             | self._everywhere
         )
 
+    def until_the_next_turn(self, code: types.CodeType, at: int, *, ends: bool) -> tuple[Keys, bool]:
+        """Return what is read from an offset on until a loop asks for a turn, and if there is one around.
+
+        Args:
+            ends: whether the instruction there is a loop's, of which there is no next turn.
+        """
+        steps = read(code)
+        place = place_of(steps, at)
+        heads = [n for n, step in enumerate(steps) if step.name == "FOR_ITER"]
+        around = [n for n in heads if n < place < exit_of(steps[n])]
+        entries = self._entries(code, _NONE, dict.fromkeys(heads, _NONE))
+        ways = [exit_of(steps[place])] if ends else [way for way in steps[place].goes_on if way is not None]
+        return frozenset().union(*(entries[way] for way in ways)), bool(around)
+
     def writes_again(self, code: types.CodeType, at: int, name: str) -> bool:
         """Whether a loop around the instruction at an offset writes a local variable."""
         steps = read(code)

@@ -311,7 +311,8 @@ class OnePass:
         self.iterator = iterator
         self._mark.goes_on = lambda: wrapped.goes_on(iterator())
         self._mark.lives = lambda: iterator() is not None
-        self._mark.holder = lambda: holders.find(iterator(), self.chain.position.outside)
+        outside = self.chain.position.outside
+        self._mark.holder = lambda: holders.find(iterator(), outside)
 
     def leave(self, *, exhausted: bool = False) -> None:
         """The pass is over, by its end or by a break."""

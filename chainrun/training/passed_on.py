@@ -23,6 +23,7 @@ from chainrun.owned import is_users_own
 from chainrun.training.held import fields, functions_of
 from chainrun.training.liveness import (
     Code,
+    Key,
     before,
     exit_of,
     filled_in_the_loop,
@@ -120,9 +121,21 @@ def _passed_on(where: list[types.FrameType], late: set[str]) -> PassedOn:
     set_in_a_turn = sorted(name for kind, name in live - carried if kind == "attribute")
     changed += [f".{name}" for name in set_in_a_turn]
     unbound += [f".{name}" for name in set_in_a_turn if name in late]
-    read_late = sorted(name for name in late - {*set_in_a_turn} if ("attribute", name) in live)
+    read_soon = _read_soon(code, where)
+    read_late = sorted(name for name in late - {*set_in_a_turn} if ("attribute", name) in read_soon)
     changed += [f".{name}" for name in read_late]
     return PassedOn(tuple(unbound), tuple(changed), tuple(f".{name}" for name in read_late))
+
+
+def _read_soon(code: Code, where: list[types.FrameType]) -> set[Key]:
+    """Return what is read after a loop that is over, before another one, or one around it, asks for a turn."""
+    found: set[Key] = set()
+    for frame in where:
+        keys, is_in_a_loop = code.until_the_next_turn(frame.f_code, frame.f_lasti, ends=frame is where[0])
+        found |= keys
+        if is_in_a_loop:
+            break
+    return found
 
 
 def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:
