@@ -177,7 +177,12 @@ class Attributes:
 
 
 def _is_state(value: Any) -> bool:
-    return not (type(value) is str and os.sep in value) and size_of(value, sys.maxsize) is not None
+    return not _is_path(value) and size_of(value, sys.maxsize) is not None
+
+
+def _is_path(value: Any) -> bool:
+    """Whether it is a path, which may be the job's own."""
+    return type(value) is str and os.sep in value
 
 
 def of_parts(*parts: Any, large: bool = True) -> list[Contents]:
@@ -243,9 +248,7 @@ def _mark(value: Any) -> bytes | None:
 
 def _encode(value: Any) -> Any:
     """Return a value in the form that is saved: of one that is large a mark."""
-    if type(value) is str and os.sep in value:
-        return _NOT_STATE  # a path, which may be the job's own
-    size = size_of(value, LARGE)
+    size = None if _is_path(value) else size_of(value, LARGE)
     if size is None:
         return _NOT_STATE
     return pack(value) if size <= LARGE else {"large": fingerprint(without_folders(sample(value)))}

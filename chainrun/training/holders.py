@@ -13,7 +13,7 @@ from typing import Any
 
 from chainrun.owned import is_users_own
 from chainrun.training.held import fields
-from chainrun.training.variables import locals_of, users_frames
+from chainrun.training.variables import frames_within, locals_of
 
 _DEPTH, _WIDTH = 2, 64
 
@@ -27,7 +27,7 @@ def find(iterator: Any, outside: frozenset[types.CodeType]) -> Path | None:
     Args:
         outside: the code that ran before the run was begun.
     """
-    for frame in _frames(outside):
+    for frame in frames_within(outside):
         for name, value in locals_of(frame).items():
             steps = _steps_to(iterator, value, _DEPTH)
             if steps is not None:
@@ -38,7 +38,7 @@ def find(iterator: Any, outside: frozenset[types.CodeType]) -> Path | None:
 def give(path: Path, outside: frozenset[types.CodeType], make: Callable[[], Any]) -> None:
     """Have what a path leads to hold what `make` returns, which is called where there is such a place."""
     function, name, *steps = path
-    for frame in _frames(outside):
+    for frame in frames_within(outside):
         code = frame.f_code
         if code.co_name != function or name not in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
             continue
@@ -52,10 +52,6 @@ def give(path: Path, outside: frozenset[types.CodeType], make: Callable[[], Any]
             else:
                 owner[key] = make()
         return
-
-
-def _frames(outside: frozenset[types.CodeType]) -> list[types.FrameType]:
-    return [frame for frame in users_frames(sys._getframe(1)) if frame.f_code not in outside]
 
 
 def _steps_to(iterator: Any, value: Any, depth: int) -> Path | None:

@@ -33,7 +33,7 @@ from chainrun.training.liveness import (
     read,
     written_in_the_loop,
 )
-from chainrun.training.variables import locals_of, users_frames
+from chainrun.training.variables import frames_within, locals_of
 
 _DEPTH = 2  # containers in containers
 _COMPREHENSIONS = ("<listcomp>", "<setcomp>", "<dictcomp>")
@@ -64,11 +64,10 @@ def bound(outside: frozenset[types.CodeType]) -> Bound:
         outside: the code that ran before the run was begun.
     """
     found: Bound = set()
-    for frame in _frames():
-        if frame.f_code not in outside:
-            for value in locals_of(frame).values():
-                for inner in (value, *(one for _, one in _attributes(value))):
-                    found.update((id(inner), name) for name, _ in _attributes(inner))
+    for frame in frames_within(outside):
+        for value in locals_of(frame).values():
+            for inner in (value, *(one for _, one in _attributes(value))):
+                found.update((id(inner), name) for name, _ in _attributes(inner))
     return found
 
 
@@ -79,7 +78,7 @@ def to_the_code_after(outside: frozenset[types.CodeType], late: Bound) -> Passed
         outside: the code that ran before the run was begun.
         late: the attributes that objects have got in loops, and would not have in a resumed function.
     """
-    where = [frame for frame in _frames() if frame.f_code not in outside]
+    where = frames_within(outside)
     for frame in where:
         code = frame.f_code
         is_generator = code.co_flags & inspect.CO_GENERATOR  # then the loop around it follows
@@ -147,7 +146,7 @@ def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:
     Raises:
         RegisterError: there is one.
     """
-    where = _frames()
+    where = frames_within(frozenset())
     alive = {id(one) for ref in given if (one := ref()) is not None}
     for frame in where:
         if not frame.f_code.co_flags & inspect.CO_GENERATOR:
@@ -173,7 +172,7 @@ def refuse_collected(name: str) -> None:
     Raises:
         RegisterError: there is one.
     """
-    where = _frames()
+    where = frames_within(frozenset())
     for frame, outer in itertools.zip_longest(where, where[1:]):
         code = frame.f_code
         is_comprehension = code.co_name in _COMPREHENSIONS  # until Python 3.11 a function of its own
@@ -225,11 +224,6 @@ def _refuse(name: str, variable: str, frame: types.FrameType) -> None:
         f"later turns, in `{variable}`: a cut would lose that. Let it give each batch in the turn in which it takes it; "
         "workers load ahead (num_workers=, prefetch_factor=), and a data set may shuffle"
     )
-
-
-def _frames() -> list[types.FrameType]:
-    found = users_frames(sys._getframe(1))
-    return [frame for frame in found if frame.f_code.co_flags & inspect.CO_OPTIMIZED]
 
 
 def _attributes(value: Any) -> list[tuple[str, Any]]:

@@ -130,6 +130,12 @@ def codes_around(frame: types.FrameType | None) -> frozenset[types.CodeType]:
     return frozenset(found)
 
 
+def frames_within(outside: frozenset[types.CodeType]) -> list[types.FrameType]:
+    """Return the frames of the user's functions that call, from inside out, without what ran before the run was begun."""
+    found = users_frames(sys._getframe(1))
+    return [one for one in found if one.f_code not in outside and one.f_code.co_flags & inspect.CO_OPTIMIZED]
+
+
 def users_modules(frames: list[types.FrameType]) -> list[types.ModuleType]:
     """Return the modules of the frames, and the user's own ones that they use."""
     found: dict[str, types.ModuleType] = {}
