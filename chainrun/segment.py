@@ -339,10 +339,11 @@ class _Segment:
             frames = traceback.TracebackException.from_exception(error)
             text = "".join(frames.format())
             message = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            if isinstance(error, UnboundLocalError) and self.training and self.training.resumed:
-                hint = "a loop that was over when the run was cut gives nothing to a resumed function: give the variable a "
-                hint += "value before that loop, or write the loop around it as `for epoch in run.epochs(n):`"
-                text, message = f"{text}{hint}\n", f"{message}; {hint}"
+            if self.training and self.training.resumed:
+                from chainrun.training.passed_on import explain  # not before the function has loaded torch
+
+                if hint := explain(error):
+                    text, message = f"{text}{hint}\n", f"{message}; {hint}"
         gone = self._control.gone() if self._control else None
         if gone is not None:
             # as if this one had been killed too: the run is well, and its next start goes on

@@ -32,8 +32,8 @@ def script(
 ) -> subprocess.CompletedProcess[str]:
     """Run slurm/cluster and return what it said and how it ended."""
     # a job on a node of its own does not wait for other tests: one that did would miss the end of its walltime
-    first = ["nice", "-n", "-10"] if os.geteuid() == 0 else []
-    command = [*first, sys.executable, str(SCRIPT), *argv]
+    nice = shutil.which("nice", path=(env or os.environ).get("PATH")) if os.geteuid() == 0 else None
+    command = [*([nice, "-n", "-10"] if nice else []), sys.executable, str(SCRIPT), *argv]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import chainrun
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.training import wrapped
+from chainrun.training import passed_on, wrapped
 from chainrun.training.stop import SegmentEnd
 
 
@@ -429,11 +429,12 @@ def test_what_only_a_finished_loop_gives_a_value_is_told_where_nothing_can_wait(
     said = cut(train).said
     assert not any("only that loop gives a value" in line for line in said)  # nothing was to be saved
     with tempfile.TemporaryDirectory() as folder:
-        with pytest.raises(UnboundLocalError, match="loss"):
+        with pytest.raises(UnboundLocalError, match="loss") as raised:
             cut(train, (5,), dir=Path(folder))
         lines = (Path(folder) / "journal.jsonl").read_text().splitlines()
         warned = [line for line in map(json.loads, lines) if "only that loop gives" in line.get("reason", "")]
         assert "reads `loss`" in warned[0]["reason"]
+        assert "give the variable a value before that loop" in passed_on.explain(raised.value)
         assert cut(fixed, dir=Path(folder)).result == plain(train).result
 
 

@@ -720,11 +720,44 @@ class Swapped:
             p.data.copy_(self.backup.get(name, p.data))
 
 
-def weights_put_aside(run: Any, DataLoader: Any) -> None:
+class Registered(Swapped):
+    """Saves what it has, but not what it has put aside."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": "of its own"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["model"] == "of its own"
+
+
+class InAList(Registered):
+    def apply(self) -> None:
+        self.aside = [p.detach().clone() for p in self.model.parameters()]
+        for p in self.model.parameters():
+            p.data.mul_(0.5)
+
+    def put_back(self) -> None:
+        for p, kept in zip(self.model.parameters(), self.aside, strict=True):
+            p.data.copy_(kept)
+
+
+class Saved(InAList):
+    """Saves that as well."""
+
+    aside = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"aside": [*self.aside]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.aside = state["aside"]
+
+
+def evaluated(run: Any, DataLoader: Any, kind: Any) -> None:
     model, optimizer, loader = begin(run, DataLoader)
     val = DataLoader(torch.ones(4, 2), batch_size=2)
-    run.register(val=val)
-    average = Swapped(model)
+    average = kind(model)
+    run.register(val=val, **({"average": average} if kind is not Swapped else {}))
     for _ in run.epochs(3):
         for batch in loader:
             update(model, optimizer, batch)
@@ -734,6 +767,56 @@ def weights_put_aside(run: Any, DataLoader: Any) -> None:
             run.log(loss=model(batch[0]).sum())
             run.step()
         average.put_back()
+
+
+def weights_put_aside(run: Any, DataLoader: Any) -> None:
+    evaluated(run, DataLoader, Swapped)
+
+
+def weights_put_aside_by_a_registered_object(run: Any, DataLoader: Any) -> None:
+    evaluated(run, DataLoader, Registered)
+
+
+def weights_put_aside_in_a_list(run: Any, DataLoader: Any) -> None:
+    evaluated(run, DataLoader, InAList)
+
+
+def weights_put_aside_and_saved(run: Any, DataLoader: Any) -> None:
+    evaluated(run, DataLoader, Saved)
+
+
+class Warmed:
+    """A scheduler's lambda reads one attribute of it, and a loader calls its method."""
+
+    def __init__(self) -> None:
+        self.decay = self.ratio = 1.0
+
+    def collate(self, items: Any) -> torch.Tensor:
+        return torch.stack(items) * self.ratio
+
+
+def read_by_a_scheduler(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    warmed = Warmed()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmed.decay / (step + 1))
+    run.register(scheduler=scheduler)
+    for step in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2))
+        scheduler.step()
+        if step == 1:
+            warmed.decay = 0.5
+
+
+def read_by_a_loader(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    owner = Warmed()
+    batches = DataLoader(torch.randn(STEPS, 2), batch_size=2, collate_fn=owner.collate)
+    run.register(batches=batches)
+    for _ in run.epochs(2):
+        for batch in batches:
+            update(model, optimizer, batch)
+            run.step()
+        owner.ratio = 0.5
 
 
 class Smallest:
@@ -794,7 +877,11 @@ LOST = [
     (dict_of_two_names, "the variable `fisher[0]` in dict_of_two_names() is not"),
     (called_from_a_list, "`hooks[0].__self__.listed` in called_from_a_list()"),
     (read_before_the_call_that_writes, "`control.beta` in read_before_the_call_that_writes()"),
-    (weights_put_aside, "`average.backup` in weights_put_aside()"),
+    (weights_put_aside, "`average.backup` in evaluated()"),
+    (weights_put_aside_by_a_registered_object, "`average.backup` in evaluated()"),
+    (weights_put_aside_in_a_list, "`average.aside` in evaluated()"),
+    (read_by_a_scheduler, "`warmed.decay` in read_by_a_scheduler() was 0.5 when the run was cut and is 1.0"),
+    (read_by_a_loader, "`owner.ratio` in read_by_a_loader() was 0.5 when the run was cut and is 1.0 here"),
     (object_of_two_names, "the variable `callbacks[0].smallest` in object_of_two_names() was"),
     (data_class, "`stop.bad` in data_class()"),
     (smoothed, "`window` in smoothed()"),
@@ -828,6 +915,9 @@ LATE = {
     best_weights_in_a_dict,
     variable_of_a_generator_around_a_loader,
     weights_put_aside,
+    weights_put_aside_by_a_registered_object,
+    weights_put_aside_in_a_list,
+    read_by_a_loader,
 }
 
 
@@ -1140,6 +1230,7 @@ QUIET = [
     activations,
     read_in_no_code_that_follows,
     iterators,
+    weights_put_aside_and_saved,
 ]
 
 

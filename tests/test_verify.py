@@ -228,6 +228,13 @@ def test_a_resume_that_fails_is_a_verdict(verified):
     assert "ValueError: this part was never run before" in verdict.text()
 
 
+def test_an_attribute_that_only_a_loop_sets_that_was_over_is_explained(verified):
+    """Where Python says no more than that there is no such attribute."""
+    text = verified("reads_what_a_loop_that_was_over_has_set", cuts=(6,)).text()
+    assert "AttributeError: 'Fitting' object has no attribute 'loss'\na loop that was over when" in text
+    assert "give the attribute a value before that loop, or write the loop around it as `for epoch in" in text
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [({"steps": False}, "took no step"), ({"unregistered": "model"}, "no registered object holds")],

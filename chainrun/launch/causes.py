@@ -134,7 +134,11 @@ def _value(name: str, uninterrupted: str, found: str) -> Cause:
     one, other = shown(uninterrupted), shown(found)
     values = f": {one} uninterrupted, {other} resumed" if one and other else ""
     is_attribute = path.count(".") > (0 if function else 1)  # a global's name begins with its module's
-    owner = " or give its owner state_dict and load_state_dict and register that" if is_attribute else ""
+    owner = (
+        " or have its owner's state_dict and load_state_dict hold it, and register that"
+        if is_attribute
+        else ""
+    )
     return (
         f"the variable `{path}`{name[len(path) :]} is not what it was when the run was cut{values}",
         f"keep it in run.state,{owner}" if owner else "keep it in run.state",

@@ -11,6 +11,7 @@ import enum
 import functools
 import gc
 import inspect
+import itertools
 import re
 import sys
 import time
@@ -39,10 +40,11 @@ _DATA = (*_LISTS, torch.Tensor, np.ndarray)
 _VALUES = (*ATOMS, *_LISTS, *_BY_KEY, *_TENSORS)
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LOADERS = ("chainrun.training.data", "chainrun.training.one_pass")
+_NOT_SAVED = (*ATOMS, types.ModuleType, types.FunctionType, types.MethodType, type)
 _NOT_FOLLOWED = (*ATOMS, type, types.ModuleType, types.CodeType)
 _REACH = 5000  # objects
 WEIGHTS = "weights"
-"""The kind of a dict that is a copy of a module's state_dict()."""
+"""The kind of a dict that is a copy of a module's state_dict(), and of a list that is one of its parameters."""
 _CALLS = ("__self__", "func", "args", "keywords")  # which the code that makes a call does not name
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type)
 
@@ -87,9 +89,11 @@ class Kept(variables.Held):
         super().__init__([])
         self._lent = lent
         self._names, self._package, self._until = names, package, until
-        registered = [*registered]
-        self._passed_over = {id(thing) for thing in belonging(registered)}
-        self._weights = [_names_in(one) for one in registered if isinstance(one, torch.nn.Module)]
+        self._registered = [*registered]
+        self._passed_over = {id(thing) for thing in belonging(self._registered)}
+        modules = [one for one in self._registered if isinstance(one, torch.nn.Module)]
+        self._weights = [_names_in(one) for one in modules]
+        self._shapes = [[each.shape for each in torch.nn.Module.parameters(one)] for one in modules]
         self._saved |= self._passed_over
         self._base, self._prefix = "", ""
         self._function: str | None = None
@@ -120,6 +124,14 @@ class Kept(variables.Held):
                     self._base, self._function = name, None
                     self._prefix = f"{module.__name__}.{name}"
                     self._visit(value, self._prefix, "", _DEPTH)
+        for owner in (
+            self._registered
+        ):  # a scheduler's lambdas, a loader's collate_fn: called by no code of the user's
+            given = [each for _, each in fields(owner)]
+            given += [
+                inner for each in given if type(each) in _LISTS and len(each) <= _WIDTH for inner in each
+            ]
+            self.called.setdefault("__call__", []).extend(itertools.chain(*map(_code_called, given)))
         return self.found
 
     def _visit(self, value: Any, name: str, where: str, depth: int) -> None:
@@ -144,6 +156,10 @@ class Kept(variables.Held):
         if which is not None:
             if self._function is not None or kind not in _CODE:
                 self._add(name + where, kind, False, f"{fingerprint(which)} {which}")
+            # what is put aside, to be put back: not all that an object has is in its state_dict()
+            for inner, one in fields(value) if id(value) in self._names and self._is_own(kind) else ():
+                if self._is_copy_of_weights(one):
+                    self._note(one, f"{name}.{inner}", where)
             return
         if kind not in ATOMS and id(value) in self._passed_over:
             if self._lent and name == self._base and self._function is not None and kind in _DATA:
@@ -223,7 +239,8 @@ class Kept(variables.Held):
                     self._add(name + where, kind, False, f"{fingerprint(len(value))} {len(value)} items")
                 raise
             if kind in _LISTS and value and type(value[0]) in _TENSORS:
-                self.places[name + where] = self.places[name + where]._replace(kind="Tensor")
+                holds = WEIGHTS if self._is_copy_of_weights(value) else "Tensor"
+                self.places[name + where] = self.places[name + where]._replace(kind=holds)
 
     def _add(self, name: str, kind: type, register: bool, its_mark: str) -> None:
         if name not in self.places:
@@ -248,9 +265,13 @@ class Kept(variables.Held):
             found += f" {len(value)} items"
         return found
 
-    def _is_copy_of_weights(self, value: dict[Any, Any]) -> bool:
-        """Whether a dict is a state_dict() of a registered module, or a part of one: never a cache."""
-        return bool(value) and any(names.issuperset(value) for names in self._weights)
+    def _is_copy_of_weights(self, value: Any) -> bool:
+        """Whether it is a state_dict() of a registered module, a part of one, or its parameters: never a cache."""
+        if type(value) in _BY_KEY:
+            return bool(value) and any(names.issuperset(value) for names in self._weights)
+        if type(value) is not list or not value or len(value) > _ITEMS:
+            return False
+        return all(type(one) in _TENSORS for one in value) and [one.shape for one in value] in self._shapes
 
     def _children(self, value: Any) -> Iterator[tuple[str, Any]]:
         kind = type(value)
@@ -390,7 +411,8 @@ def belonging(roots: Iterable[Any]) -> list[Any]:
     todo = [(root, _DEPTH) for root in roots]
     while todo:
         value, depth = todo.pop()
-        if type(value) in (*ATOMS, types.ModuleType, types.FunctionType, type) or id(value) in found:
+        # a method's owner is of the user's, and no checkpoint has what it holds: `collate_fn=self.collate`
+        if type(value) in _NOT_SAVED or id(value) in found:
             continue
         found[id(value)] = value
         if not depth:
@@ -399,8 +421,6 @@ def belonging(roots: Iterable[Any]) -> list[Any]:
             inner: Iterable[Any] = dict.values(value) if len(value) <= _ITEMS else ()
         elif type(value) in (*_LISTS, set, frozenset):
             inner = value if len(value) <= _ITEMS else ()
-        elif isinstance(value, types.MethodType):
-            inner = (value.__self__,)
         elif issubclass(type(value), (torch.Tensor, *rng.GENERATORS)) or _top(type(value)) == "chainrun":
             inner = ()
         else:

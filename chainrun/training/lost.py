@@ -83,7 +83,7 @@ def _remedy(losses: list[Loss]) -> str:
         found.append(f"call run.register({', '.join(f'{name}=...' for name in [*objects][:SHOWN])})")
     if any(one.then.parts for one in values):
         found.append(
-            "keep it in run.state, or give its owner state_dict and load_state_dict and register that"
+            "keep it in run.state, or have its owner's state_dict and load_state_dict hold it, and register that"
         )
     elif values:
         found.append("keep it in run.state")

@@ -10,6 +10,7 @@ import dis
 import inspect
 import itertools
 import sys
+import traceback
 import types
 import weakref
 from collections import deque
@@ -54,7 +55,7 @@ class PassedOn(NamedTuple):
 
 
 NOTHING = PassedOn()
-_known: dict[tuple[types.CodeType, int], PassedOn] = {}
+_known: dict[tuple[tuple[tuple[types.CodeType, int], ...], frozenset[str]], PassedOn] = {}
 
 
 def bound(outside: frozenset[types.CodeType]) -> Bound:
@@ -79,14 +80,15 @@ def to_the_code_after(outside: frozenset[types.CodeType], late: Bound) -> Passed
         late: the attributes that objects have got in loops, and would not have in a resumed function.
     """
     where = frames_within(outside)
-    for frame in where:
+    names = frozenset(name for _, name in late)
+    for number, frame in enumerate(where):
         code = frame.f_code
         is_generator = code.co_flags & inspect.CO_GENERATOR  # then the loop around it follows
         place = place_of(read(code), frame.f_lasti)
         if read(code)[place].name == "FOR_ITER":
-            key = (code, frame.f_lasti)
+            key = (tuple((one.f_code, one.f_lasti) for one in where[number:]), names)
             if key not in _known:
-                found = _passed_on(where[where.index(frame) :], {name for _, name in late})
+                found = _passed_on(where[number:], names)
                 if is_generator:  # what one gives after its loop, a resumed one does not come to
                     found = (
                         PassedOn(found.changed, found.changed, found.late)
@@ -101,7 +103,7 @@ def to_the_code_after(outside: frozenset[types.CodeType], late: Bound) -> Passed
     return NOTHING
 
 
-def _passed_on(where: list[types.FrameType], late: set[str]) -> PassedOn:
+def _passed_on(where: list[types.FrameType], late: frozenset[str]) -> PassedOn:
     frame, at = where[0].f_code, where[0].f_lasti
     names = {*frame.co_varnames, *frame.co_cellvars}  # bound or not: all ranks have to find the same
     functions = functions_of(where)
@@ -135,6 +137,25 @@ def _read_soon(code: Code, where: list[types.FrameType]) -> set[Key]:
         if is_in_a_loop:
             break
     return found
+
+
+def explain(error: BaseException) -> str:
+    """Return how an error of a resumed function may come of a loop that was over when the run was cut, or ""."""
+    if isinstance(error, AttributeError):
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        codes = {*(frame.f_code for frame in frames), *itertools.chain(*functions_of(frames).values())}
+        sets = any(
+            ("write", ("attribute", error.name)) in step.effects for code in codes for step in read(code)
+        )
+        if not (sets and is_users_own(type(error.obj))):
+            return ""
+    elif not isinstance(error, UnboundLocalError):
+        return ""
+    return (
+        "a loop that was over when the run was cut gives nothing to a resumed function: give the "
+        f"{'attribute' if isinstance(error, AttributeError) else 'variable'} a value before that loop, or write the loop "
+        "around it as `for epoch in run.epochs(n):`"
+    )
 
 
 def refuse_ahead(given: list[weakref.ref[torch.Tensor]], name: str) -> None:

@@ -24,6 +24,7 @@ class Pass:
     advanced: int | None = None  # tick at which it last handed something out
     depth: int = 0  # how many scopes there were then
     direct: bool = False  # it was held, and asked in no loader's loop
+    asked: bool = False  # it has handed something out, in this process or an earlier one
     by_hand: bool = False  # last asked with next() instead of by a loop
     held: bool = False  # asked with next() from its first batch on: the code after its begin is no body of it
     early: bool = True  # no boundary was passed between its begin and its last batch

@@ -169,7 +169,7 @@ class Position:
             del self._waiting[new.loop]
             new.begun = waiting["begun"]
             new.boundaries = 0 if waiting.get("fresh") else -1  # it has passed some in an earlier process
-            new.held = waiting["held"]
+            new.held, new.asked = waiting["held"], waiting.get("asked", True)
             if not self.walking:
                 new.line = None  # to which the walk did not come
             if not self.walking and not inherited:
@@ -266,8 +266,8 @@ class Position:
                     "every turn that uses it"
                 )
             self._kept.add(running.loop)
-        if running.advanced is None and running.boundaries >= 0:
-            running.held = running.by_hand
+        if not running.asked:
+            running.held, running.asked = running.by_hand, True
         elif running.held and not running.by_hand:
             raise RegisterError(
                 f"a batch of '{running.loop}' was taken with next() before a loop went over the same iterator; a "
@@ -326,7 +326,7 @@ class Position:
             if ended.passed_on.changed:
                 scope.rests, scope.rests_after = (ended.loop, ended.passed_on.changed), scope.boundaries
             # the code after the begin of a held iterator is gone through again; a loop's body is not
-            never_asked = ended.advanced is None and not ended.exhausted
+            never_asked = not ended.asked and not ended.exhausted
             held = ended.held or (never_asked and ended.loop not in ("epochs", "steps"))
             scope.ended[f"{ended.loop} {ended.ordinal}"] = {
                 "boundaries": scope.boundaries,
@@ -551,6 +551,7 @@ class Position:
                         "home": p.home,
                         "ordinal": p.ordinal,
                         "held": p.held,
+                        "asked": p.asked,
                         "looked": p.looked,
                         "holder": p.holder(),
                         "begun": p.begun,
