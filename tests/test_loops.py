@@ -1507,7 +1507,7 @@ def test_an_iterator_that_another_pass_has_overtaken_is_refused_after_a_cut_as_u
             for y in other:
                 run.log(seen=y[0].sum())
 
-    for cuts in ((), (4,), (5,)):
+    for cuts in ((), (4,), (5,), range(1, 9)):
         with pytest.raises(
             RegisterError, match="two passes over the loader 'other' are used at the same time"
         ):

@@ -168,7 +168,8 @@ class Position:
                 )
             del self._waiting[new.loop]
             new.begun = waiting["begun"]
-            new.boundaries = 0 if waiting.get("fresh") else -1  # it has passed some in an earlier process
+            new.early = bool(waiting.get("fresh"))
+            new.boundaries = 0 if new.early else -1  # it has passed some in an earlier process
             new.held, new.asked = waiting["held"], waiting.get("asked", True)
             if not self.walking:
                 new.line = None  # to which the walk did not come
