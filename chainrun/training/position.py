@@ -482,7 +482,8 @@ class Position:
                 one for one in self._running.values() if one is not head and not (is_range and one.held)
             ]
             if not others:
-                return (head.loop, mine.unbound) if mine.unbound else None  # what comes last
+                lacks = mine.unbound + mine.late
+                return (head.loop, lacks) if lacks else None  # what comes last
         if scope.loop != "epochs":
             return None
         if head is not None and mine.changed:
