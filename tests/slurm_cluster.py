@@ -156,10 +156,10 @@ def beside(body: Callable[[Path], None]) -> Callable[[dict[str, Future[None]]], 
 
 @pytest.fixture(scope="session")
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
-    """The bodies of all tests made by `beside` that are to run in this session, three at a time, the longest first."""
+    """The bodies of all tests made by `beside` that are to run in this session, two at a time, the longest first."""
     items = [item for item in request.session.items if hasattr(item.function, "body")]
     items.sort(key=lambda item: ORDER.index(item.name) if item.name in ORDER else len(ORDER))
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(2) as pool:
         yield {
             item.name: pool.submit(item.function.body, tmp_path_factory.mktemp("beside")) for item in items
         }

@@ -350,14 +350,14 @@ def test_a_lost_node_and_the_orphan_it_leaves(tmp_path):
         every = {"every": {"steps": 3}}
         down = start("down", slurm={"partition": "weak"}, checkpoint=every, args={"nap": 0.4})
         orphaned = start("orphaned", slurm={"partition": "frail"}, checkpoint=every, args={"nap": 2.2})
-        for chain in (down, orphaned):
-            chain.wait(lambda chain=chain: chain.events("checkpoint"), 90, "the first checkpoint")
+        down.wait(lambda: down.events("checkpoint"), 90, "the first checkpoint")
         (node,) = down.events("start")[0]["nodes"]
         for state in (
             "DRAIN",
             "DOWN",
         ):  # a node that is only down comes back at once, while the old job still dies
             cluster.run("scontrol", "update", f"NodeName={node}", f"State={state}", "Reason=test")
+        orphaned.wait(lambda: orphaned.events("checkpoint"), 90, "the first checkpoint")
         (node,) = orphaned.events("start")[0]["nodes"]
         orphan = json.loads((orphaned.run / "lock").read_text())["pid"]
         dies = (f"slurmd {node}", f"slurmstepd: [{jobs_of(orphaned)[0]}.")

@@ -24,6 +24,7 @@ from chain import (
     marks,
     metrics,
     plain,
+    some,
     steps_of,
     sweep,
     sweep_boundaries,
@@ -77,11 +78,11 @@ class Tools:
 
 
 def cut_at_each_step(train: Any) -> list[Any]:
-    """Check that a training cut at each step, and at all of them, is the plain one; return the cut ones."""
+    """Check that a training cut at steps, and at all of them, is the plain one; return the cut ones."""
     reference = plain(train)
     every = range(1, steps_of(reference) + 1)
     found = []
-    for cuts in [*((at,) for at in every), every]:
+    for cuts in [*((at,) for at in some(every)), every]:
         trained = cut(train, cuts)
         assert (cuts, reference.difference(trained)) == (cuts, None)
         found.append(trained)
@@ -565,7 +566,7 @@ def test_a_cut_where_an_evaluation_begins_is_none_of_its_batches() -> None:
 def test_a_comprehension_that_is_thrown_away_is_exact(loop: Any) -> None:
     train = training_with(loop)
     reference = plain(train)
-    for at in range(1, steps_of(reference)):
+    for at in some(range(1, steps_of(reference))):
         assert reference.difference(cut(train, (at,))) is None
 
 
@@ -592,7 +593,7 @@ def test_the_rest_that_a_generator_gives_after_its_loop() -> None:
                 t.step()
         return t.result()
 
-    assert len(cut_at_each_step(train)) > 3
+    cut_at_each_step(train)
 
 
 def scaled(loader: Any) -> Any:

@@ -40,12 +40,12 @@ def test_two_ranks_over_a_loader_are_exact_at_every_cut(kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("ranks", "kind"),
-    [(4, "default"), (3, "accumulated"), (3, "static"), (4, "compressed"), (2, "attacked")],
+    [(4, "default"), (2, "accumulated"), (3, "static"), (2, "compressed"), (2, "attacked")],
 )
 def test_ranks_sum_gradients_in_the_same_order_after_a_cut(ranks: int, kind: str, tmp_path: Path) -> None:
     """Cut at several steps and at each, the ranks have the plain program's bits, however DDP is set up."""
     compare(ranks, kind, tmp_path)
-    assert len(list(tmp_path.glob("*/trace.*"))) == (7 if WHOLE else 5) * ranks
+    assert len(list(tmp_path.glob("*/trace.*"))) == (7 if WHOLE else 4) * ranks
 
 
 ALONE = """
