@@ -13,7 +13,8 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 def pytest_collection_modifyitems(items):
-    """Put what runs beside other tests last: it is waited for when those have run."""
+    """Put the tests of SLURM first, which wait most of the time, and those last that wait for what runs beside others."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     items.sort(key=lambda item: hasattr(getattr(item, "function", None), "body"))
 
 

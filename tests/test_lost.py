@@ -704,6 +704,13 @@ def read_before_the_call_that_writes(run: Any, DataLoader: Any) -> None:
         control(loss)
 
 
+def read_in_the_call_that_writes(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    controller = Controller()
+    for _ in run.steps(STEPS):
+        controller(update(model, optimizer, torch.randn(2, 2) * controller.beta))
+
+
 class Swapped:
     """Puts its weights in the model's place, and those back."""
 
@@ -877,6 +884,7 @@ LOST = [
     (dict_of_two_names, "the variable `fisher[0]` in dict_of_two_names() is not"),
     (called_from_a_list, "`hooks[0].__self__.listed` in called_from_a_list()"),
     (read_before_the_call_that_writes, "`control.beta` in read_before_the_call_that_writes()"),
+    (read_in_the_call_that_writes, "`controller.beta` in read_in_the_call_that_writes()"),
     (weights_put_aside, "`average.backup` in evaluated()"),
     (weights_put_aside_by_a_registered_object, "`average.backup` in evaluated()"),
     (weights_put_aside_in_a_list, "`average.aside` in evaluated()"),

@@ -28,6 +28,10 @@ _ALWAYS = {"JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_I
 _HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "SETUP_CLEANUP"}  # until Python 3.10
 _ENDS = {"RETURN_VALUE", "RETURN_CONST"}
 _RAISES = {"RAISE_VARARGS", "RERAISE"}
+_CALLS = (
+    *("PRECALL", "CALL", "CALL_KW"),
+    *("CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "CALL_METHOD"),
+)
 _OVERWRITE = {  # methods after which nothing of the object is as it was
     *("clear", "reset", "zero_", "fill_", "copy_", "set_"),
     *("normal_", "uniform_", "random_", "bernoulli_", "exponential_"),
@@ -81,7 +85,6 @@ def read(code: types.CodeType) -> list[Step]:
     listed = list(dis.get_instructions(code))
     places = {step.offset: place for place, step in enumerate(listed)}
     cells = {*code.co_cellvars, *code.co_freevars}
-    starred = _called_with_stars(listed)
     found = []
     for place, step in enumerate(listed):
         name, after = step.opname, place + 1
@@ -94,22 +97,31 @@ def read(code: types.CodeType) -> list[Step]:
                 goes_on.append(places[step.argval])
         inner = step.argval if type(step.argval) is types.CodeType and "<" in step.argval.co_name else None
         effects = tuple(_effects(step, cells, listed[after : after + 4]))
-        if place in starred:
-            effects += (Effect("call", ("attribute", str(step.argval))),)
         found.append(Step(step.offset, name, tuple(goes_on), effects, inner))
+    for place, callee in _calls(listed):  # what is called writes after its arguments were read
+        *others, last = found[callee].effects or (None,)
+        if last is not None and last.what == "call":
+            kind, name = last.key
+            if name.startswith(PROPERTY):
+                last = Effect("call", (kind, name.removeprefix(PROPERTY)))
+            else:
+                found[callee] = found[callee]._replace(effects=tuple(others))
+            found[place] = found[place]._replace(effects=(*found[place].effects, last))
     return found
 
 
-def _called_with_stars(listed: list[dis.Instruction]) -> set[int]:
-    """Return where attributes are loaded to be called with ``*`` or ``**``."""
-    found = set()
+def _calls(listed: list[dis.Instruction]) -> Iterator[tuple[int, int]]:
+    """Give where something is called, and where that was loaded."""
     for place, step in enumerate(listed):
-        if step.opname == "CALL_FUNCTION_EX":
-            callee = before(listed, place, 1 + ((step.arg or 0) & 1))
-            callee -= listed[callee].opname == "PUSH_NULL"  # from Python 3.13 on it comes after
-            if listed[callee].opname == "LOAD_ATTR":
-                found.add(callee)
-    return found
+        name, count = step.opname, step.arg or 0
+        if name not in _CALLS or listed[place - 1].opname == "PRECALL":
+            continue
+        if name == "CALL_FUNCTION_EX":
+            count = 1 + (count & 1)
+        elif name.endswith("_KW"):  # their names are on the stack as well
+            count += 1
+        callee = before(listed, place, count)
+        yield place, callee - (listed[callee].opname == "PUSH_NULL")  # from Python 3.13 on it comes after
 
 
 def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]) -> Iterator[Effect]:
@@ -306,8 +318,11 @@ class Code:
             live = self._passed(live, *self._of_code(step.inner), cells)
         for what, key in reversed(step.effects):
             if what in ("call", "give"):
+                # a function that is loaded may be called later, or not at all
+                is_sure = key[0] == "attribute" or step.name in _CALLS
                 for name in self._called(what, key):
-                    live = self._passed(live, *self._of_call(name), cells)
+                    reads, writes = self._of_call(name)
+                    live = self._passed(live, reads, writes if is_sure else _NONE, cells)
             elif key in self._keys and not (what == "ask" and key in self._data):
                 live = live - {key} if what == "write" else live | {key}
         return live
