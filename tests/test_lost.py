@@ -711,6 +711,15 @@ def read_in_the_call_that_writes(run: Any, DataLoader: Any) -> None:
         controller(update(model, optimizer, torch.randn(2, 2) * controller.beta))
 
 
+def set_anew_by_each_epoch(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    for _ in run.epochs(2):
+        hidden = None
+        for batch in loader:
+            hidden = update(model, optimizer, batch if hidden is None else batch * hidden)
+            run.step()
+
+
 class Swapped:
     """Puts its weights in the model's place, and those back."""
 
@@ -941,6 +950,7 @@ def test_a_segment_of_one_boundary_tells_as_well() -> None:
     """From where its loop began; None that has got a value since then may be a cache."""
     assert "`seen` in counter() was 2 when" in told(counter, (1,))[0]
     assert "`seen` in counter() was 2 when" in told(counter, (3, 4))[1]
+    assert "`hidden` in set_anew_by_each_epoch() was 0." in told(set_anew_by_each_epoch, (1,))[0]
 
 
 # ---- what is not

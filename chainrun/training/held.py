@@ -93,7 +93,10 @@ class Kept(variables.Held):
         self._passed_over = {id(thing) for thing in belonging(self._registered)}
         modules = [one for one in self._registered if isinstance(one, torch.nn.Module)]
         self._weights = [_names_in(one) for one in modules]
-        self._shapes = [[each.shape for each in torch.nn.Module.parameters(one)] for one in modules]
+        self._shapes = [
+            [each.shape for each in torch.nn.Module.parameters(one) if not torch.nn.parameter.is_lazy(each)]
+            for one in modules
+        ]
         self._saved |= self._passed_over
         self._base, self._prefix = "", ""
         self._function: str | None = None

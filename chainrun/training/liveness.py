@@ -428,19 +428,22 @@ def _is_filled(then: list[dis.Instruction]) -> bool:
     return False
 
 
-def written_before_the_loop(code: types.CodeType, at: int) -> set[str]:
-    """Return the local variables that a turn of an outer loop has written before the loop around an offset began."""
+def written_before_the_loop(code: types.CodeType, at: int) -> tuple[set[str], set[str]]:
+    """Return the local variables that a turn of an outer loop has written before the loop around, or at, an offset began.
+
+    And those that the body of this one writes.
+    """
     steps = read(code)
     place = place_of(steps, at)
-    loops = [n for n, step in enumerate(steps) if step.name == "FOR_ITER" and n < place < exit_of(step)]
+    loops = [n for n, step in enumerate(steps) if step.name == "FOR_ITER" and n <= place < exit_of(step)]
     if len(loops) < 2:
-        return set()
+        return set(), set()
     outer, inner = loops[-2:]
-    written, body = (
+    before, body = (
         {key[1] for step in steps[a:b] for what, key in step.effects if what == "write" and key[0] == "local"}
         for a, b in ((outer + 1, inner), (inner + 1, exit_of(steps[inner])))
     )
-    return written - body
+    return before, body
 
 
 def counted_around(code: types.CodeType, at: int) -> list[list[str]]:

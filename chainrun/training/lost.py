@@ -281,14 +281,16 @@ class Variables:
             fixed = not changed and not made and place.kind not in (*_TENSORS, WEIGHTS)
             if fixed and not any(code.writes_again(f.f_code, f.f_lasti, place.base) for f in own):
                 continue
-            if _is_made_once(place, now, changed):
+            heads = [written_before_the_loop(frame.f_code, frame.f_lasti) for frame in own]
+            in_the_head = any(place.base in before for before, _ in heads)
+            if _is_made_once(place, now, changed) and not (place.is_variable and in_the_head):
                 continue
             scopes = {None, *(frame.f_code for frame in own)}
             if any((scope, key) in measured for scope in scopes for key in _keys(place)):
                 continue
             # labels that the head of an epoch asks the model for: it has other weights now
-            heads = [written_before_the_loop(frame.f_code, frame.f_lasti) for frame in own] if again else []
-            of_the_head = made and place.kind in _TENSORS and any(place.base in names for names in heads)
+            only_there = any(place.base in before - body for before, body in heads)
+            of_the_head = again and made and place.kind in _TENSORS and only_there
             if of_the_head or _is_read(place, own, live, same):
                 found.append(Loss(name, place, now))
         told = {one.name for one in found}
@@ -312,7 +314,8 @@ def _is_lent(loss: Loss, where: list[types.FrameType], told: set[str]) -> bool:
 def _is_made_once(place: Place, now: str, changed: bool | None) -> bool:
     """Whether it was, or may have been, made for want of something: it was None or a flag, and has not changed since.
 
-    A function's own variable that has changed later than that is no such thing: ``best = None``.
+    A function's own variable that has changed later than that is no such thing: ``best = None``; nor is one that each
+    turn of an outer loop sets anew.
     """
     once = _shown(now) in _ONCE and place.kind != WEIGHTS
     return once and not (changed and (place.is_variable or _shown(now) == "True"))
