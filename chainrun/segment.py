@@ -342,8 +342,9 @@ class _Segment:
             if self.training and self.training.resumed:
                 from chainrun.training.passed_on import explain  # not before the function has loaded torch
 
-                if hint := explain(error):
-                    text, message = f"{text}{hint}\n", f"{message}; {hint}"
+                with contextlib.suppress(Exception):  # what failed is said without it too
+                    if hint := explain(error):
+                        text, message = f"{text}{hint}\n", f"{message}; {hint}"
         gone = self._control.gone() if self._control else None
         if gone is not None:
             # as if this one had been killed too: the run is well, and its next start goes on

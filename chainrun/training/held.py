@@ -127,13 +127,11 @@ class Kept(variables.Held):
                     self._base, self._function = name, None
                     self._prefix = f"{module.__name__}.{name}"
                     self._visit(value, self._prefix, "", _DEPTH)
-        for owner in (
-            self._registered
-        ):  # a scheduler's lambdas, a loader's collate_fn: called by no code of the user's
+        # a scheduler's lambdas, a loader's collate_fn: called by no code of the user's
+        for owner in self._registered:
             given = [each for _, each in fields(owner)]
-            given += [
-                inner for each in given if type(each) in _LISTS and len(each) <= _WIDTH for inner in each
-            ]
+            lists = [each for each in given if type(each) in _LISTS and len(each) <= _WIDTH]
+            given += itertools.chain(*lists)
             self.called.setdefault("__call__", []).extend(itertools.chain(*map(_code_called, given)))
         return self.found
 
