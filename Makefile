@@ -10,9 +10,8 @@ CHROMIUM ?= chromium
 demo: setup            ## train the digits example as a chain and compare it bit for bit
 	$(BIN)/chainrun demo
 
-# Three processes on two cores: a third of the time tests wait, for SLURM or for walltimes.
 test: setup integrations slurm  ## all tests; those that need SLURM are skipped where it cannot be installed
-	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some dozens of each
 	CHAINRUN_KILLS=1000 CHAINRUN_CUTS=5000 $(BIN)/python -m pytest -n 2 -rP $(ARGS) \
