@@ -158,12 +158,9 @@ def beside(body: Callable[[Path], None]) -> Callable[[dict[str, Future[None]]], 
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
     """The bodies of all tests made by `beside` that are to run in this session, two at a time, the longest first."""
     items = [item for item in request.session.items if hasattr(item.function, "body")]
-    if (
-        "PYTEST_XDIST_WORKER" in os.environ
-    ):  # pytest-xdist 3.8 does not group with pytest 9.2: each worker would run all
-        assert all(item.nodeid.endswith("@slurm") for item in items), (
-            "the group's tests are not kept together"
-        )
+    # pytest-xdist 3.8 does not group with pytest 9.2: each worker would run all of them
+    grouped = "PYTEST_XDIST_WORKER" not in os.environ or all(item.nodeid.endswith("@slurm") for item in items)
+    assert grouped, "the group's tests are not kept together"
     items.sort(key=lambda item: ORDER.index(item.name) if item.name in ORDER else len(ORDER))
     with ThreadPoolExecutor(2) as pool:
         yield {

@@ -593,6 +593,7 @@ def test_the_rest_that_a_generator_gives_after_its_loop() -> None:
                 t.step()
         return t.result()
 
+    assert steps_of(plain(train)) > 3
     cut_at_each_step(train)
 
 
