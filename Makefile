@@ -13,7 +13,7 @@ demo: setup            ## train the digits example as a chain and compare it bit
 test: setup integrations slurm  ## all tests; those that need SLURM are skipped where it cannot be installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some dozens of each
+crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` has some of each
 	CHAINRUN_KILLS=1000 CHAINRUN_CUTS=5000 $(BIN)/python -m pytest -n 2 -rP $(ARGS) \
 	  tests/test_crash.py tests/test_power.py tests/test_faults.py
 
@@ -23,7 +23,7 @@ exact: setup           ## exactness everywhere, where `make test` goes over some
 	CHAINRUN_EXACT=$(CURDIR)/.exact.jsonl CHAINRUN_EXAMPLES=100 CHAINRUN_PROGRAMS=200 \
 	  $(BIN)/python -m pytest -n 2 $(ARGS) tests/test_loops.py tests/test_loader.py tests/test_iterable.py \
 	  tests/test_loader_errors.py tests/test_training_objects.py tests/test_modules.py tests/test_register.py \
-	  tests/test_parallel.py tests/test_random_loaders.py tests/test_random_programs.py
+	  tests/test_parallel.py tests/test_counter.py tests/test_random_loaders.py tests/test_random_programs.py
 
 check: setup           ## format, lint, strict types, layer contracts
 	$(BIN)/ruff format --check . slurm/cluster

@@ -13,8 +13,9 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 
 def pytest_collection_modifyitems(items):
-    """Put the tests of SLURM first, which wait most of the time, and those last that wait for what runs beside others."""
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    """Put the tests of SLURM first, which wait most of the time, then the other groups; last what waits for others."""
+    groups = {item: item.get_closest_marker("xdist_group") for item in items}
+    items.sort(key=lambda item: 2 if groups[item] is None else groups[item].args != ("slurm",))
     items.sort(key=lambda item: hasattr(getattr(item, "function", None), "body"))
 
 

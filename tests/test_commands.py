@@ -27,6 +27,8 @@ FAULTS = Path(__file__).parent / "faults"
 sys.path.insert(0, str(FAULTS))
 import train as training  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("commands")  # `finished` is made once, not in each test process
+
 STARTED: list[subprocess.Popen] = []
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(FAULTS))
 import train as training  # noqa: E402
 
 EVERY = 3  # steps from save to save
-KILLS = int(os.environ.get("CHAINRUN_KILLS", "24"))
+KILLS = int(os.environ.get("CHAINRUN_KILLS", "16"))
 SEED = int(os.environ.get("CHAINRUN_SEED", str(time.time_ns() % 1_000_000)))
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import disk
 import pytest
 
+pytestmark = pytest.mark.xdist_group("faults")  # all cases are run once, not in each test process
+
 FOREVER = 1 << 30
 FILE, MANIFEST = "rank-00000.pt", "/.manifest.json"
 EIO = "Input/output error"

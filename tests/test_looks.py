@@ -28,6 +28,8 @@ from chainrun.rundir import RunDir
 from chainrun.segment import Outcome
 from chainrun.training.extent import Extent
 
+pytestmark = pytest.mark.xdist_group("looks")  # its run is made once, not in each test process
+
 PROGRAMS = Path(__file__).parent / "programs"
 TELL = 'echo "$CHAINRUN_EVENT|$CHAINRUN_NAME|$CHAINRUN_STEP|$CHAINRUN_MESSAGE|$CHAINRUN_RUN" >> {told}'
 

@@ -320,7 +320,7 @@ def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
         "local": {"tasks": 3},
     }
     results = {}
-    for name, cuts in (("cut", ["--interrupt-at", "20,40"]), ("whole", [])):
+    for name, cuts in (("cut", ["--interrupt-at", "30"]), ("whole", [])):
         described["args"]["trace"] = str(tmp_path / name)
         file = tmp_path / f"{name}.yaml"
         file.write_text(json.dumps({"name": name, **described}))
@@ -329,7 +329,7 @@ def test_three_real_ranks_save_and_stop_together_though_one_is_slow(tmp_path):
         assert done.returncode == 0, done.stderr
         results[name] = [(tmp_path / f"{name}.{rank}").read_text() for rank in range(3)]
     events = [json.loads(x) for x in (tmp_path / "runs/cut/journal.jsonl").read_text().splitlines()]
-    assert sum(e["event"] == "segment" for e in events) == 3
+    assert sum(e["event"] == "segment" for e in events) == 2
     assert any(e.get("reason") == "periodic" for e in events)
     assert {e["world_size"] for e in events if e["event"] == "segment"} == {3}
     assert results["cut"] == results["whole"]
