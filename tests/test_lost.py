@@ -711,6 +711,14 @@ def read_in_the_call_that_writes(run: Any, DataLoader: Any) -> None:
         controller(update(model, optimizer, torch.randn(2, 2) * controller.beta))
 
 
+def read_in_a_condition_in_the_call_that_writes(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    steered = Controller()
+    for _ in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2))
+        steered(loss * steered.beta if loss < 1e9 else loss or loss)
+
+
 def set_anew_by_each_epoch(run: Any, DataLoader: Any) -> None:
     model, optimizer, loader = begin(run, DataLoader)
     for _ in run.epochs(2):
@@ -894,6 +902,10 @@ LOST = [
     (called_from_a_list, "`hooks[0].__self__.listed` in called_from_a_list()"),
     (read_before_the_call_that_writes, "`control.beta` in read_before_the_call_that_writes()"),
     (read_in_the_call_that_writes, "`controller.beta` in read_in_the_call_that_writes()"),
+    (
+        read_in_a_condition_in_the_call_that_writes,
+        "`steered.beta` in read_in_a_condition_in_the_call_that_writes()",
+    ),
     (weights_put_aside, "`average.backup` in evaluated()"),
     (weights_put_aside_by_a_registered_object, "`average.backup` in evaluated()"),
     (weights_put_aside_in_a_list, "`average.aside` in evaluated()"),

@@ -380,12 +380,21 @@ def is_in_a_loop(code: types.CodeType, at: int) -> bool:
 
 def before(steps: list[dis.Instruction], place: int, values: int) -> int:
     """Return the last instruction before those that put so many values on the stack, which end before a place."""
-    depth, place = 0, place - 1
-    while place > 0 and depth < values:
-        step = steps[place]
-        depth += dis.stack_effect(step.opcode, step.arg, jump=False)
+    jumps = [(n, step.argval) for n, step in enumerate(steps[:place]) if step.opcode in _JUMPS]
+    end, depth, place = steps[place].offset, 0, place - 1
+    while place > 0:
+        step, start = steps[place], steps[place + 1].offset
+        # in the midst of `a if b else c` or `a or b` there are jumps, and jumps lead there
+        is_inside = any(n <= place and start < to <= end for n, to in jumps)
+        falls_through = step.opname not in {*_ALWAYS, *_ENDS, *_RAISES}
+        if depth >= values and falls_through and not is_inside and step.opcode not in _JUMPS:
+            break
+        if not falls_through:  # what comes after it is jumped to
+            place = next((n for n, to in jumps if to == start), 0)
+            step = steps[place]
+        depth += dis.stack_effect(step.opcode, step.arg, jump=not falls_through)
         place -= 1
-    return place
+    return max(place, 0)
 
 
 def written_in_the_loop(code: types.CodeType, at: int) -> set[str]:
