@@ -687,12 +687,22 @@ def called_from_a_list(run: Any, DataLoader: Any) -> None:
 
 
 class Controller:
-    """Its call always writes what the loop has read before."""
+    """Its calls always write what the loop has read before."""
 
     def __init__(self) -> None:
         self.beta = 1.0
 
     def __call__(self, loss: torch.Tensor) -> None:
+        self.beta = loss.item() * 2
+
+
+class Steered:
+    """So does its method."""
+
+    def __init__(self) -> None:
+        self.beta = 1.0
+
+    def steer(self, loss: torch.Tensor) -> None:
         self.beta = loss.item() * 2
 
 
@@ -713,10 +723,10 @@ def read_in_the_call_that_writes(run: Any, DataLoader: Any) -> None:
 
 def read_in_a_condition_in_the_call_that_writes(run: Any, DataLoader: Any) -> None:
     model, optimizer, _ = begin(run, DataLoader)
-    steered = Controller()
+    steered = Steered()
     for _ in run.steps(STEPS):
         loss = update(model, optimizer, torch.randn(2, 2))
-        steered(loss * steered.beta if loss < 1e9 else loss or loss)
+        steered.steer(loss * steered.beta if loss < 1e9 else loss)
 
 
 def set_anew_by_each_epoch(run: Any, DataLoader: Any) -> None:
