@@ -686,6 +686,29 @@ def called_from_a_list(run: Any, DataLoader: Any) -> None:
             hook(x)
 
 
+class Passed:
+    """Of its methods one is called by torch alone."""
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.model, self.optimizer, self.factor = model, optimizer, 1.0
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x) * self.factor
+
+    def train(self, x: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss = torch.utils.checkpoint.checkpoint(self.scaled, x, use_reentrant=False).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.factor = loss.item()
+
+
+def method_that_is_passed_on(run: Any, DataLoader: Any) -> None:
+    seven = Passed(*begin(run, DataLoader)[:2])
+    for _ in run.steps(STEPS):
+        seven.train(torch.randn(2, 2))
+
+
 class Controller:
     """Its calls always write what the loop has read before."""
 
@@ -910,6 +933,7 @@ LOST = [
     (called_as_a_partial, ".AVERAGE`"),
     (dict_of_two_names, "the variable `fisher[0]` in dict_of_two_names() is not"),
     (called_from_a_list, "`hooks[0].__self__.listed` in called_from_a_list()"),
+    (method_that_is_passed_on, "`seven.factor` in method_that_is_passed_on()"),
     (read_before_the_call_that_writes, "`control.beta` in read_before_the_call_that_writes()"),
     (read_in_the_call_that_writes, "`controller.beta` in read_in_the_call_that_writes()"),
     (

@@ -15,6 +15,7 @@ import torch
 from chain import cut, cut_everywhere, digest, marks, plain, sweep, sweep_boundaries
 from test_training_objects import STEPS, small, training, updating
 from torch import nn, optim
+from torch.nn.utils import parametrizations, prune
 from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
@@ -245,6 +246,39 @@ def test_a_registered_copy() -> None:
             run.step(loss=loss, **marks(x, model, teacher, optimizer))
 
     cut_everywhere(train, least=STEPS)
+
+
+def test_a_module_that_changes_between_register_and_the_loop_is_refused() -> None:
+    """No resume could load what is saved of it; one that changes in the loop's first turn may know a way."""
+
+    def cut_off(model: nn.Module) -> None:
+        prune.random_unstructured(model[0], "weight", 0.5)
+
+    def compute(model: nn.Module) -> None:
+        parametrizations.weight_norm(model[2])
+
+    def note(model: nn.Module) -> None:
+        model[0].register_buffer("seen", torch.zeros(2), persistent=False)
+
+    def training_that(change: Any, *, inside: bool = False) -> Any:
+        def train(run: Any, DataLoader: Any) -> None:
+            model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
+            run.register(model=model)
+            if not inside:
+                change(model)
+            for n in run.steps(STEPS):
+                if n == 0 and inside:
+                    change(model)
+                run.step(loss=model(torch.randn(4, 3)).mean())
+
+        return train
+
+    with pytest.raises(RegisterError, match="weight_orig' has come; '0"):
+        cut(training_that(cut_off))
+    with pytest.raises(RegisterError, match="'model' was changed after it was registered: '2"):
+        cut(training_that(compute))
+    cut_everywhere(training_that(note), least=STEPS)
+    cut(training_that(cut_off, inside=True))
 
 
 def test_a_copy_that_is_not_registered_is_refused() -> None:

@@ -29,6 +29,7 @@ class Form:
     def __init__(self, module: torch.nn.Module) -> None:
         self._module = module
         self._built = dict(self._parts())
+        self._tensors = self._saved_tensors()
         self._lost: dict[str, tuple[str, str]] = {}  # by place what it was, and what was here instead
 
     def _parts(self) -> Iterator[tuple[str, str]]:
@@ -42,6 +43,21 @@ class Form:
             for name, value in own.items():
                 if name not in _TORCHS_OWN and isinstance(value, _FUNCTIONS):
                     yield f"{path}.{name}", _name(value)
+
+    def _saved_tensors(self) -> set[str]:
+        """Return the names that are in its state_dict()."""
+        return {
+            f"{path}.{name}".lstrip(".")
+            for path, module in self._module.named_modules(remove_duplicate=False)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None and name not in module._non_persistent_buffers_set
+        }
+
+    def other_tensors(self) -> list[str]:
+        """Say which tensors have come and gone since it was built."""
+        here = self._saved_tensors()
+        come, gone = sorted(here - self._tensors), sorted(self._tensors - here)
+        return [*(f"'{name}' has come" for name in come), *(f"'{name}' has gone" for name in gone)]
 
     def changed(self) -> dict[str, str]:
         """Return what is not as it was built, by its place."""

@@ -111,6 +111,20 @@ class _Module:
         """See `buckets.averaged`."""
         return buckets.averaged(self._module)
 
+    def check_names(self) -> None:
+        """See, where the first loop begins, that its tensors have the names that they had when it was registered.
+
+        Raises:
+            RegisterError: they have not.
+        """
+        if others := self._form.other_tensors():
+            more = f"; and {len(others) - 4} more" * (len(others) > 4)
+            raise RegisterError(
+                f"the module '{self._name}' was changed after it was registered: {'; '.join(others[:4])}{more}. A resumed "
+                "function registers it as it was before, and what a checkpoint holds would not fit: call "
+                f"run.register({self._name}=...) after the change"
+            )
+
     def check(self) -> None:
         """See, at the first boundary after a restore, that it is made of what it was made of.
 
@@ -445,6 +459,17 @@ def _named(things: dict[str, Stateful]) -> dict[str, torch.nn.Parameter]:
         if isinstance(thing, _Module)
         for path, parameter in thing.named_parameters()
     }
+
+
+def check_names(things: dict[str, Stateful]) -> None:
+    """See, where the first loop begins, that the modules' tensors have the names that a resumed function finds.
+
+    Raises:
+        RegisterError: one's have not.
+    """
+    for thing in things.values():
+        if isinstance(thing, _Module):
+            thing.check_names()
 
 
 def check(things: dict[str, Stateful]) -> None:

@@ -57,12 +57,13 @@ _UNNAMED = {  # called without its name: its reads count wherever the code is
     *("__len__", "__add__", "__iadd__", "__mul__", "__bool__", "__float__", "__int__", "__lt__", "__gt__"),
     "forward",
 }
+_MAY_CALL = ("call", "pass", "give")
 _KINDS = (("_FAST", "local"), ("DEREF", "local"), ("_GLOBAL", "global"), ("_NAME", "global"))
 
 
 class Effect(NamedTuple):
-    """What an instruction does with a name: ``use``, ``write``, ``call`` it, ``ask`` for an attribute to call, or
-    ``give`` it as a text."""
+    """What an instruction does with a name: ``use``, ``write``, ``call`` it, ``ask`` for an attribute to call,
+    ``pass`` one on that others may call, or ``give`` it as a text."""
 
     what: str
     key: Key
@@ -96,7 +97,9 @@ def read(code: types.CodeType) -> list[Step]:
             if step.opcode in _JUMPS and name not in _HANDLERS and step.argval in places:
                 goes_on.append(places[step.argval])
         inner = step.argval if type(step.argval) is types.CodeType and "<" in step.argval.co_name else None
-        effects = tuple(_effects(step, cells, listed[after : after + 4]))
+        effects = tuple(
+            _effects(step, cells, listed[place - 1] if place else None, listed[after : after + 4])
+        )
         found.append(Step(step.offset, name, tuple(goes_on), effects, inner))
     for place, callee in _calls(listed):  # what is called writes after its arguments were read
         *others, last = found[callee].effects or (None,)
@@ -124,7 +127,9 @@ def _calls(listed: list[dis.Instruction]) -> Iterator[tuple[int, int]]:
         yield place, callee - (listed[callee].opname == "PUSH_NULL")  # from Python 3.13 on it comes after
 
 
-def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]) -> Iterator[Effect]:
+def _effects(
+    step: dis.Instruction, cells: set[str], last: dis.Instruction | None, then: list[dis.Instruction]
+) -> Iterator[Effect]:
     name = step.opname
     if name == "LOAD_CONST":
         texts = step.argval if type(step.argval) is tuple else (step.argval,)
@@ -153,6 +158,8 @@ def _effects(step: dis.Instruction, cells: set[str], then: list[dis.Instruction]
             is_method = kind == "attribute" and (name == "LOAD_METHOD" or "NULL|self" in step.argrepr)
             yield Effect("ask" if is_method else "use", key)
             if kind == "attribute" and not is_method:
+                if last is not None and last.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+                    yield Effect("pass", key)
                 yield Effect("call", (kind, PROPERTY + key[1]))
             elif kind == "attribute" or place < len(verbs) - 1 or not _is_taken_apart(then):
                 yield Effect("call", key)
@@ -300,8 +307,7 @@ class Code:
     def _matters(self, step: Step) -> bool:
         """Whether it does anything with one of the names, or calls what may."""
         return step.inner is not None or any(
-            self._called(what, key) if what in ("call", "give") else key in self._keys
-            for what, key in step.effects
+            self._called(what, key) if what in _MAY_CALL else key in self._keys for what, key in step.effects
         )
 
     def _called(self, what: str, key: Key) -> list[str]:
@@ -309,17 +315,27 @@ class Code:
         kind, name = key
         if what == "call":
             return [name] if name in self._functions and (kind != "local" or name in self._held) else []
+        if what == "pass":  # `optimizer.step(self.closure)`
+            return [name] if name in self._functions and key not in self._set_somewhere else []
         if not self._calls_by_text:
             return []
         return [one for one in self._functions if one == name or (name[-1:] == "_" and one.startswith(name))]
+
+    @functools.cached_property
+    def _set_somewhere(self) -> set[Key]:
+        """The attributes that are data: some code sets them."""
+        steps = itertools.chain(*(read(code) for codes in self._functions.values() for code in codes))
+        return {
+            key for step in steps for what, key in step.effects if what == "write" and key[0] == "attribute"
+        }
 
     def _before(self, step: Step, live: Keys, cells: set[str]) -> Keys:
         if step.inner is not None:
             live = self._passed(live, *self._of_code(step.inner), cells)
         for what, key in reversed(step.effects):
-            if what in ("call", "give"):
+            if what in _MAY_CALL:
                 # a function that is loaded may be called later, or not at all
-                is_sure = key[0] == "attribute" or step.name in _CALLS
+                is_sure = what == "call" and (key[0] == "attribute" or step.name in _CALLS)
                 for name in self._called(what, key):
                     reads, writes = self._of_call(name)
                     live = self._passed(live, reads, writes if is_sure else _NONE, cells)

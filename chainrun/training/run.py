@@ -105,6 +105,7 @@ class Run:
             saving=lambda: self._saving.busy,
         )
         self._checked = False
+        self._begun = self.resumed
         self._gone_on: float | None = None  # when the function had come to the checkpoint's place
         self._first_due = self._next_due(self.global_step)
         self._next = 0  # the first step looks whether something was forgotten
@@ -351,6 +352,9 @@ class Run:
 
     def _at_head(self, head: Pass) -> None:
         """A loop asks for its next turn; the rest of the boundary's loop body has run."""
+        if not self._begun:
+            self._begun = True
+            objects.check_names(self._registry.objects)
         self._diagnosis.look(head)
         if self._due is not None and self._position.is_head(head):
             self._capture(head)
