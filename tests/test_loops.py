@@ -1760,7 +1760,7 @@ def made_in_each_turn_of_a_loader(run: Any, t: Tools, other: Any) -> None:
 
 
 def made_in_some_turns_of_a_loader(run: Any, t: Tools, other: Any) -> None:
-    for _ in range(3):
+    for _ in range(7):
         for n, x in enumerate(t.loader):
             if n % 2 == 0:
                 held = iter(other)
