@@ -1250,7 +1250,7 @@ def test_a_loop_that_begins_where_the_state_says_is_refused_and_gone_on_with_fro
 
     def train(run: Any, DataLoader: Any, *, kept: bool = False) -> str:
         t = Tools(run, DataLoader)
-        for epoch in range(run.state.get("epoch", 0) if kept else 0, 4):
+        for epoch in range(run.state.get("epoch", 0) if kept else 0, 7):
             for x in t.loader:
                 t.learn(x)
                 t.step()
@@ -1265,8 +1265,8 @@ def test_a_loop_that_begins_where_the_state_says_is_refused_and_gone_on_with_fro
         cut([keeps, keeps], (5,))
     assert plain(train).difference(cut([keeps, train], (5,))) is None
     with pytest.raises(RestoreError, match=r"depends on run\.state, .* or `range\(n\)` from 0"):
-        cut([keeps, keeps], (8,))  # there are no such turns any more
-    sweep(train, 12, quick=True)
+        cut([keeps, keeps], (14,))  # there are no such turns any more
+    sweep(train, 21, quick=True)
 
 
 def test_a_loop_over_what_is_left_to_do_may_count_otherwise() -> None:
@@ -1520,7 +1520,7 @@ def test_an_iterator_that_is_never_asked() -> None:
     """It was of no use; the loops after it are gone through all the same."""
 
     def train(run: Any, DataLoader: Any) -> str:
-        t = Tools(run, DataLoader)
+        t = Tools(run, DataLoader, 40)
         other = DataLoader(items(4), batch_size=2)
         run.register(other=other)
         it = iter(other)
@@ -1533,7 +1533,7 @@ def test_an_iterator_that_is_never_asked() -> None:
         del it
         return t.result()
 
-    sweep(train, 3)
+    sweep(train, 20, quick=True)
 
 
 def test_an_iterator_of_an_earlier_turn_beside_an_older_one() -> None:
@@ -1541,7 +1541,7 @@ def test_an_iterator_of_an_earlier_turn_beside_an_older_one() -> None:
 
     def train(run: Any, DataLoader: Any) -> str:
         t = Tools(run, DataLoader)
-        other = DataLoader(items(14), batch_size=2, shuffle=True)
+        other = DataLoader(items(100), batch_size=2, shuffle=True)
         run.register(other=other)
         it = first = iter(other)
         seen = next(first)[0]
