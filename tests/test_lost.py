@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import enum
 import functools
@@ -838,6 +839,32 @@ def weights_put_aside_in_a_list(run: Any, DataLoader: Any) -> None:
     evaluated(run, DataLoader, InAList)
 
 
+@contextlib.contextmanager
+def averaged_weights(model: torch.nn.Module, average: torch.nn.Module) -> Iterator[None]:
+    kept = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter, mean in zip(model.parameters(), average.parameters(), strict=True):
+        parameter.data.copy_(mean)
+    yield
+    for parameter, before in zip(model.parameters(), kept, strict=True):
+        parameter.data.copy_(before)
+
+
+def weights_put_aside_by_a_context_manager(run: Any, DataLoader: Any) -> None:
+    model, optimizer, loader = begin(run, DataLoader)
+    val = DataLoader(torch.ones(4, 2), batch_size=2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    run.register(val=val, average=average)
+    for _ in run.epochs(3):
+        for batch in loader:
+            update(model, optimizer, batch)
+            average.update_parameters(model)
+            run.step()
+        with averaged_weights(model, average.module):
+            for batch in val:
+                run.log(loss=model(batch[0]).sum())
+                run.step()
+
+
 def weights_put_aside_and_saved(run: Any, DataLoader: Any) -> None:
     evaluated(run, DataLoader, Saved)
 
@@ -943,6 +970,7 @@ LOST = [
     (weights_put_aside, "`average.backup` in evaluated()"),
     (weights_put_aside_by_a_registered_object, "`average.backup` in evaluated()"),
     (weights_put_aside_in_a_list, "`average.aside` in evaluated()"),
+    (weights_put_aside_by_a_context_manager, "`kept` in averaged_weights()"),
     (read_by_a_scheduler, "`warmed.decay` in read_by_a_scheduler() was 0.5 when the run was cut and is 1.0"),
     (read_by_a_loader, "`owner.ratio` in read_by_a_loader() was 0.5 when the run was cut and is 1.0 here"),
     (object_of_two_names, "the variable `callbacks[0].smallest` in object_of_two_names() was"),
@@ -980,6 +1008,7 @@ LATE = {
     weights_put_aside,
     weights_put_aside_by_a_registered_object,
     weights_put_aside_in_a_list,
+    weights_put_aside_by_a_context_manager,
     read_by_a_loader,
 }
 

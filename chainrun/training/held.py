@@ -464,6 +464,19 @@ def frames(
     return [one for one in found if _is_frame_of(one, package)], package
 
 
+def within_managers(package: str) -> list[types.FrameType]:
+    """Return the frames of the user's functions under `contextlib.contextmanager` that are entered, from inside out.
+
+    They are no caller's, and go on where their ``with`` block ends.
+    """
+    kind = contextlib._GeneratorContextManager
+    generators: list[Any] = [one.gen for one in gc.get_objects() if type(one) is kind]
+    entered = [
+        one.gi_frame for one in reversed(generators) if inspect.getgeneratorstate(one) == "GEN_SUSPENDED"
+    ]
+    return [frame for frame in entered if _is_frame_of(frame, package)]
+
+
 def _is_frame_of(frame: types.FrameType, package: str) -> bool:
     name = str(frame.f_globals.get("__name__"))
     module = sys.modules.get(name)

@@ -13,6 +13,7 @@ worse than a missed one. Told is what
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 import time
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from chainrun.training import clocks, variables
-from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of, path_of
+from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of, path_of, within_managers
 from chainrun.training.liveness import Code, Key, Keys, live_in, written_before_the_loop
 
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
@@ -118,12 +119,14 @@ class Variables:
         self._called: dict[str, list[types.CodeType]] = {}
         self._same: dict[tuple[types.FrameType, str], set[tuple[types.FrameType, str]]] = {}
 
-    def frames(self) -> list[types.FrameType]:
-        """Return the frames of the user's code that call, from inside out."""
-        return frames(sys._getframe(1), self._outside)[0]
+    def frames(self, *, managers: bool = True) -> list[types.FrameType]:
+        """Return the frames of the user's code that call, from inside out; after them those of context managers."""
+        calling, package = frames(sys._getframe(1), self._outside)
+        return [*calling, *(within_managers(package) if calling and managers else ())]
 
     def _look(self, where: list[types.FrameType], *, lent: bool = True) -> Kept:
-        package = str(where[-1].f_globals.get("__name__")).partition(".")[0] if where else ""
+        callers = [frame for frame in where if not frame.f_code.co_flags & inspect.CO_GENERATOR]
+        package = str(callers[-1].f_globals.get("__name__")).partition(".")[0] if callers else ""
         held = Kept(self._registered(), self._names(), package, time.monotonic() + SECONDS, lent=lent)
         held.look(where)
         return held
