@@ -8,13 +8,15 @@ A map-style data set may hold a cache, which is no state and may be large: there
 
 from __future__ import annotations
 
+import argparse
 import functools
 import marshal
 import os
 import sys
 import types
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
+from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
 import numpy as np
@@ -82,6 +84,8 @@ class Contents:
     def _encoded(self, place: str, value: Any) -> Any:
         if self.caches and _is_out_of_reach(value, self._large):
             return {"large": ""}
+        if not self._large and isinstance(value, Synchronized):  # a worker's is the training process's
+            return _NOT_STATE
         mark = _mark(value)
         if mark is None:
             return _encode(value)
@@ -155,8 +159,7 @@ class Attributes:
 
     def _all(self) -> dict[str, Any]:
         named = getattr(self._sampler, "__dict__", {}).items()
-        plain = {n: dict(v) if type(v) is defaultdict else v for n, v in named if v is not self._dataset}
-        return {name: pack(value) for name, value in plain.items() if _is_state(value)}
+        return {n: pack(value) for n, value in named if value is not self._dataset and _is_state(value)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return those that are not as they were built."""
@@ -168,12 +171,7 @@ class Attributes:
         now = self._all()
         for name, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
             if name not in now or not equal(value, now[name]):
-                new, old = unpack(value), getattr(self._sampler, name, None)
-                if type(old) is defaultdict and type(new) is dict:  # it keeps what makes its values
-                    old.clear()
-                    old.update(new)
-                else:
-                    setattr(self._sampler, name, new)
+                _set(self._sampler, name, value)
 
 
 def _is_state(value: Any) -> bool:
@@ -222,7 +220,8 @@ def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple
 
 @functools.cache
 def _is_followed(kind: Any) -> bool:
-    return is_users_own(kind) or kind.__module__ == "torch.utils.data.dataset"
+    settings = kind in (argparse.Namespace, types.SimpleNamespace)
+    return is_users_own(kind) or settings or kind.__module__ == "torch.utils.data.dataset"
 
 
 @functools.cache

@@ -1,20 +1,30 @@
-"""Plain values in the form that is saved: numbers, strings, and lists, tuples, dicts, sets, deques, arrays and tensors."""
+"""Plain values in the form that is saved: numbers, strings, and lists, tuples, dicts, sets, deques, arrays and tensors.
+
+Also named tuples, the dicts of `collections`, and numbers that processes share (`multiprocessing.Value`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections import deque
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Any
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from chainrun.errors import RestoreError
 
 LARGE = 64 * 1024  # bytes of one value, above which it is data rather than state
 _NUMBERS = (bool, int, float, type(None))
 _DEPTH = 6  # of containers in containers
 _SAMPLE = 256
+_DICTS = {kind.__name__: kind for kind in (dict, Counter, OrderedDict)}
+_SIMPLE = (list, tuple, set, deque, *_DICTS.values())
+_FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, set, deque, Counter)}
 
 
 def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
@@ -30,7 +40,9 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
         if value.dtype.kind not in "biufc" or not value.dtype.isnative:
             return None
         return int(value.nbytes)
-    if kind not in (list, tuple, dict, set, deque) or not depth:
+    if kind is Synchronized:
+        return 8 if type(value.value) in _NUMBERS else None
+    if not _is_container(value, depth) or not depth:
         return None
     size = 8 * len(value)
     if _is_of_short_integers(value):
@@ -44,6 +56,31 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
         if size > most and len(value) > _SAMPLE:
             break
     return size
+
+
+def _is_container(value: Any, depth: int) -> bool:
+    """Whether it can be made again: of a defaultdict inside of another value, also what makes its values."""
+    kind = type(value)
+    if kind is defaultdict:
+        return depth == _DEPTH or value.default_factory in (None, *_FACTORIES.values())
+    return kind in _SIMPLE or (_is_named(value) and _class_of(_name_of(kind)) is kind)
+
+
+def _is_named(value: Any) -> bool:
+    """Whether it is a named tuple."""
+    return isinstance(value, tuple) and hasattr(type(value), "_fields")
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _class_of(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _items(value: Any) -> Iterator[Any]:
@@ -89,12 +126,19 @@ def pack(value: Any) -> Any:
         return {"array": torch.from_numpy(value.copy())}
     if isinstance(value, np.generic):
         return {"scalar": torch.from_numpy(np.asarray(value))}
+    if isinstance(value, Synchronized):
+        return {"shared": value.value}
     if isinstance(value, dict):
-        return {"dict": [[pack(key) for key in value], [pack(one) for one in value.values()]]}
+        content = [[pack(key) for key in value], [pack(one) for one in value.values()]]
+        if isinstance(value, defaultdict):
+            return {"defaultdict": [getattr(value.default_factory, "__name__", ""), *content]}
+        return {type(value).__name__: content}
     if isinstance(value, set):
         return {"set": sorted(map(pack, value), key=repr)}
     if isinstance(value, deque):
         return {"deque": [value.maxlen, *map(pack, value)]}
+    if _is_named(value):
+        return {"named": [_name_of(type(value)), *map(pack, value)]}
     if isinstance(value, (list, tuple)):
         short = _is_of_short_integers(value)
         return {type(value).__name__: torch.tensor(value) if short else [pack(one) for one in value]}
@@ -109,7 +153,11 @@ def _is_of_short_integers(value: Any) -> bool:
 
 
 def unpack(packed: Any) -> Any:
-    """Return a value of its own that `pack` was given."""
+    """Return a value of its own that `pack` was given.
+
+    Raises:
+        RestoreError: there is no such class of named tuples.
+    """
     if isinstance(packed, torch.Tensor):
         return packed.clone()
     if not isinstance(packed, dict):
@@ -119,23 +167,45 @@ def unpack(packed: Any) -> Any:
         return inner.clone().numpy()
     if kind == "scalar":
         return inner.numpy()[()]
-    if kind == "dict":
-        return dict(zip(map(unpack, inner[0]), map(unpack, inner[1]), strict=True))
+    if kind == "shared":
+        return _Shared(inner)
+    if kind in _DICTS:
+        return _DICTS[kind](dict(zip(map(unpack, inner[0]), map(unpack, inner[1]), strict=True)))
+    if kind == "defaultdict":
+        return defaultdict(
+            _FACTORIES.get(inner[0]), zip(map(unpack, inner[1]), map(unpack, inner[2]), strict=True)
+        )
+    if kind == "named":
+        made = _class_of(inner[0])
+        if made is None:
+            raise RestoreError(
+                f"a checkpoint holds a named tuple of the class {inner[0]}, which is not there any more"
+            )
+        return made(*map(unpack, inner[1:]))
     if kind == "deque":
         return deque(map(unpack, inner[1:]), inner[0])
     items = inner.tolist() if isinstance(inner, torch.Tensor) else map(unpack, inner)
     return {"list": list, "tuple": tuple, "set": set}[kind](items)
 
 
+class _Shared(NamedTuple):
+    """What a number has been that processes share, which is never made anew."""
+
+    value: Any
+
+
 def is_large_container(value: Any) -> bool:
     """Whether a value is a list, dict or the like of more than `LARGE` bytes."""
-    if type(value) not in (list, tuple, dict, set, deque):
+    if not _is_container(value, _DEPTH):
         return False
     return 8 * len(value) > LARGE or (size_of(value, LARGE) or 0) > LARGE
 
 
 def refilled(live: Any, value: Any) -> Any:
     """Return what has the content of `value`, the same objects as far as that is possible."""
+    if type(value) is _Shared:
+        live.value = value.value
+        return live
     if type(live) is not type(value):
         return value
     if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
@@ -146,6 +216,8 @@ def refilled(live: Any, value: Any) -> Any:
     elif isinstance(live, (list, tuple)):
         known = [*live[: len(value)], *[None] * (len(value) - len(live))]
         items = [refilled(old, new) for old, new in zip(known, value, strict=True)]
+        if _is_named(value):
+            return value
         if isinstance(live, list):
             live[:] = items
         elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):
