@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import functools
 import gc
@@ -13,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -214,6 +215,52 @@ class Shuffling(Lazy):
         return iter(list(self.indices))
 
 
+class Pace:
+    """How many of the indices are used so far."""
+
+    def __init__(self) -> None:
+        self.of = {"used": 6}
+
+
+class Paced(Lazy):
+    """A curriculum, whose pace the training sets."""
+
+    def __init__(self, n: int, pace: Pace) -> None:
+        super().__init__(n)
+        self.pace = pace
+
+    def __iter__(self) -> Any:
+        return iter(np.random.permutation(self.pace.of["used"]).tolist() * 2)
+
+
+class Plain:
+    """A sampler that is no torch.utils.data.Sampler, and counts."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.passes = n, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter(np.random.default_rng(self.passes).permutation(self.n).tolist())
+
+
+class PlainPairs:
+    """Its batches."""
+
+    def __init__(self, sampler: Plain) -> None:
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler) // 2
+
+    def __iter__(self) -> Any:
+        indices = [*self.sampler]
+        return iter([indices[at : at + 2] for at in range(0, len(indices), 2)])
+
+
 class WithState(CountingEpochs):
     def state_dict(self) -> dict[str, int]:
         return {"passes": self.passes}
@@ -293,6 +340,10 @@ def _sampler(make: Any) -> dict[str, Any]:
     return {"sampler": Made(make)}
 
 
+def _go_faster(loader: Any, epoch: int) -> None:
+    loader.sampler.pace.of["used"] += epoch
+
+
 def _set_epoch(loader: Any, epoch: int) -> None:
     loader.sampler.set_epoch(epoch)
 
@@ -318,6 +369,8 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
     "counting sampler": (4, _sampler(lambda d: CountingEpochs(10))),
     "shuffling sampler": (4, _sampler(lambda d: Shuffling(10))),
     "balanced sampler": (4, _sampler(lambda d: Balanced(10))),
+    "paced sampler": (4, {**_sampler(lambda d: Paced(10, Pace())), "per_epoch": _go_faster}),
+    "plain samplers": (4, {"batch_size": 1, "batch_sampler": Made(lambda d: PlainPairs(Plain(8)))}),
     "sampler with state": (4, _sampler(lambda d: WithState(10))),
     "numpy indices": (4, _sampler(lambda d: NumpyIndices(10))),
     "batch sampler": (4, {"batch_size": 1, "batch_sampler": Made(lambda d: Pairs(10))}),
@@ -688,6 +741,23 @@ def test_sampler_that_does_not_repeat_is_refused_at_resume() -> None:
         cut([first, other], (2,))
 
 
+def test_sampler_that_keeps_an_iterator_is_refused() -> None:
+    """How far that has come no checkpoint can hold: it would give other indices from the second pass on."""
+
+    class Stream(Lazy):
+        def __init__(self, n: int) -> None:
+            super().__init__(n)
+            self.kept = (int(index) for index in iter(lambda: np.random.randint(n), -1))
+
+        def __iter__(self) -> Any:
+            return iter([next(self.kept) for _ in range(self.n)])
+
+    with pytest.raises(
+        RegisterError, match=r"the sampler Stream keeps an iterator in 'kept'.* in each __iter__\(\)"
+    ):
+        cut(training(sampler=Made(lambda d: Stream(10))))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_sampler_that_takes_turns_with_the_training_is_refused_at_once(workers: int) -> None:
     """Draws of a sampler, one a batch, from the stream the training draws from cannot be repeated alone."""
@@ -835,6 +905,69 @@ def test_attributes_of_data_and_collate_that_change_are_exact_at_every_cut(worke
                 labels[run.global_step % 8] += batch.sum()
                 learn(run, model, optimizer, batch)
             items.level *= 1.5
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=12)
+
+
+class Played(NamedTuple):
+    number: int
+    gain: float
+
+
+class Replayed(Noisy):
+    """What the training adds to, in containers of all kinds, and settings that it changes."""
+
+    def __init__(self, settings: argparse.Namespace) -> None:
+        super().__init__(8)
+        self.settings, self.level = settings, multiprocessing.Value("d", 1.0)
+        self.seen: Any = collections.Counter()
+        self.of: Any = collections.defaultdict(list, {0: [1.0]})
+        self.order: Any = collections.OrderedDict(first=1.0)
+        self.deep = {"by": collections.defaultdict(dict, {"name": {"a": 1.0}})}
+        self.played: Any = collections.deque([Played(0, 1.0)], maxlen=3)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        parts = (
+            self.settings.noise,
+            self.level.value,
+            self.seen[0],
+            sum(self.of[0]),
+            next(iter(self.order.values())),
+        )
+        numbers = (*parts, self.deep["by"]["name"]["a"], self.played[-1].gain, self.played[0].number)
+        return super().__getitem__(index) + sum(numbers) / 10
+
+    def train(self, loss: float) -> None:
+        self.settings.noise *= 0.5
+        self.level.value += 0.25
+        self.seen[0] += 1
+        self.of[0].append(loss)
+        self.order["last"] = loss
+        self.order.move_to_end("first")
+        self.deep["by"]["name"]["a"] = loss
+        self.played.append(Played(len(self.seen), loss))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_containers_and_settings_that_the_training_changes_are_exact_at_every_cut(workers: int) -> None:
+    """A Counter, a defaultdict, an OrderedDict, a deque of named tuples, a Namespace, a number that workers share."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        items = Replayed(argparse.Namespace(noise=1.0, name="any"))
+        model, optimizer = parts()
+        options = {"num_workers": workers, "persistent_workers": workers > 0}
+        loader = DataLoader(items, batch_size=2, shuffle=True, **options)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(3):
+            for batch in loader:
+                learn(run, model, optimizer, batch)
+            items.train(batch.mean().item())
+        assert [type(x).__name__ for x in (items.seen, items.of, items.played[0])] == [
+            "Counter",
+            "defaultdict",
+            "Played",
+        ]
         return digest(model.state_dict())
 
     cut_everywhere(train, least=12)

@@ -486,6 +486,23 @@ def test_the_plain_stand_in_has_what_a_run_has(tmp_path: Path) -> None:
     assert missing == []
 
 
+def test_tensors_by_modules_in_an_optimizer_are_told(tmp_path: Path) -> None:
+    """No checkpoint can hold them, since a resumed run has other modules: the first step says so."""
+
+    class Conditioned(torch.optim.SGD):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__(module.parameters(), lr=0.1)
+            self.factors, self.names = {module: torch.eye(2)}, {module: "a name"}
+
+    segment = Segment(tmp_path)
+    with segment as run:
+        model = nn.Linear(2, 2)
+        run.register(model=model, optimizer=Conditioned(model))
+        run.step()
+    told = [line for line in segment.said if "by modules or parameters, which is not saved" in line]
+    assert [line.split("'")[3] for line in told] == ["factors"]
+
+
 def test_an_optimizer_that_is_not_registered_is_told(tmp_path: Path) -> None:
     """One made anew in each epoch trains registered weights, and a cut loses its moments: the first step says so."""
     segment = Segment(tmp_path)

@@ -267,15 +267,24 @@ class OfOptimizer(Attributes):
     """The attributes of an optimizer of somebody's own that are not torch's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._is_torchs = type(optimizer).__module__.startswith("torch.optim")
         super().__init__(optimizer, but="")
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
-        if type(self._module).__module__.startswith("torch.optim"):
+        if self._is_torchs:
             return
         for name, value in list(vars(self._module).items()):
             if name not in _OPTIMIZERS_OWN and not name.startswith("_optimizer_"):
                 yield from self._in_attribute(f".{name}", value, seen)
+
+    def by_objects(self) -> Iterator[str]:
+        """Yield the names of dicts that hold tensors by modules or parameters, of which there are others after a resume."""
+        for name, value in [] if self._is_torchs else vars(self._module).items():
+            if name not in _OPTIMIZERS_OWN and isinstance(value, dict):
+                by = [key for key, one in value.items() if isinstance(one, torch.Tensor)]
+                if any(isinstance(key, (torch.nn.Module, torch.Tensor)) for key in by):
+                    yield name
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         return (tensor for group in self._module.param_groups for tensor in group["params"])

@@ -208,6 +208,10 @@ class _Optimizer:
     def parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
+    def by_objects(self) -> Iterator[str]:
+        """Yield the names of attributes with tensors by modules or parameters."""
+        return self._attributes.by_objects()
+
     @property
     def is_scheduled(self) -> bool:
         """Whether a learning-rate scheduler was built for it."""
@@ -523,6 +527,12 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
             yield (
                 f"a learning-rate scheduler drives the optimizer '{name}' and is not registered; unless it is "
                 "set anew in every step, a resumed run will have other learning rates"
+            )
+        for attribute in optimizer.by_objects():
+            yield (
+                f"the optimizer '{name}' keeps tensors in '{attribute}' by modules or parameters, which is not saved: a "
+                "resumed run begins with what it is when it is built. Keep them in optimizer.state[parameter], or by the "
+                "modules' names"
             )
 
 

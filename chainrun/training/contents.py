@@ -15,7 +15,7 @@ import os
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from chainrun.checkpoint.bits import fingerprint
-from chainrun.errors import RestoreError
+from chainrun.errors import RegisterError, RestoreError
 from chainrun.owned import FOREIGN, is_users_own
 from chainrun.training import carried, rng
 from chainrun.training.packed import (
@@ -95,17 +95,7 @@ class Contents:
 
     def owners(self) -> dict[str, Any]:
         """Return the data set and the user's objects in it, by their places."""
-        found: dict[str, Any] = {}
-        seen: set[int] = set()
-        todo: list[tuple[str, Any, int]] = [("", self.thing, _DEPTH)]
-        while todo:
-            path, owner, depth = todo.pop()
-            if id(owner) not in seen:
-                seen.add(id(owner))
-                found[path] = owner
-                for name, value in carried.fields(owner) if depth else ():
-                    todo += ((f"{path}.{name}{at}", one, depth - 1) for at, one in _objects_in(value))
-        return found
+        return _owners(self.thing, lambda one: True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is not as it was built: the content, of what is large a mark."""
@@ -146,20 +136,41 @@ class Contents:
 class Attributes:
     """The plain attributes of a sampler without state_dict, as far as they have changed since it was built.
 
-    An epoch, a count of its own, a list that it shuffles in place, one by label: however large.
+    An epoch, a count of its own, a list that it shuffles in place, one by label: however large. And what is small in
+    the user's objects that it holds, which are no data.
 
     Args:
         sampler: as it was built.
-        dataset: an attribute that is left out.
+        others: what is followed by itself, or not at all: the data set, other samplers.
+
+    Raises:
+        RegisterError: it holds a generator, which goes on from pass to pass.
     """
 
-    def __init__(self, sampler: Any, dataset: Any) -> None:
-        self._sampler, self._dataset = sampler, dataset
+    def __init__(self, sampler: Any, *others: Any) -> None:
+        self._sampler, self._others = sampler, {id(other) for other in others}
+        for place, value in self._fields():
+            if isinstance(value, types.GeneratorType) or type(value).__module__ == "itertools":
+                raise RegisterError(
+                    f"the sampler {type(sampler).__name__} keeps an iterator in '{place}', and no checkpoint can hold how far "
+                    "that has come: make it anew in each __iter__(), or give the sampler state_dict and load_state_dict"
+                )
         self._built = self._all()
 
+    def _owners(self) -> dict[str, Any]:
+        def is_followed(one: Any) -> bool:
+            return id(one) not in self._others and not hasattr(one, "__getitem__")
+
+        return _owners(self._sampler, is_followed)
+
+    def _fields(self) -> Iterator[tuple[str, Any]]:
+        for path, owner in self._owners().items():
+            for name, value in carried.fields(owner):
+                if id(value) not in self._others and not (path and is_large_container(value)):
+                    yield f"{path}.{name}".removeprefix("."), value
+
     def _all(self) -> dict[str, Any]:
-        named = getattr(self._sampler, "__dict__", {}).items()
-        return {n: pack(value) for n, value in named if value is not self._dataset and _is_state(value)}
+        return {place: pack(value) for place, value in self._fields() if _is_state(value)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return those that are not as they were built."""
@@ -168,10 +179,28 @@ class Attributes:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set them all, those that have not changed as they were built."""
-        now = self._all()
-        for name, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
-            if name not in now or not equal(value, now[name]):
-                _set(self._sampler, name, value)
+        owners, now = self._owners(), self._all()
+        for place, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
+            path, _, name = place.rpartition(".")
+            owner = owners.get(f".{path}" if path else "")
+            if owner is not None and (place not in now or not equal(value, now[place])):
+                _set(owner, name, value)
+
+
+def _owners(root: Any, is_followed: Callable[[Any], bool]) -> dict[str, Any]:
+    """Return an object and the user's objects in it, by their places."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    todo: list[tuple[str, Any, int]] = [("", root, _DEPTH)]
+    while todo:
+        path, owner, depth = todo.pop()
+        if id(owner) not in seen:
+            seen.add(id(owner))
+            found[path] = owner
+            for name, value in carried.fields(owner) if depth else ():
+                inside = ((at, one) for at, one in _objects_in(value) if is_followed(one))
+                todo += ((f"{path}.{name}{at}", one, depth - 1) for at, one in inside)
+    return found
 
 
 def _is_state(value: Any) -> bool:

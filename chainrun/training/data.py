@@ -139,7 +139,8 @@ class Chain:
             self.turns = Turns(loader.dataset, loader.batch_size, loader.drop_last)
             samplers = []
         stateless = [sampler for sampler in samplers if not carried.is_stateful(sampler)]
-        self._attributes: list[Any] = [contents.Attributes(sampler, loader.dataset) for sampler in stateless]
+        others = (loader.dataset, *samplers)
+        self._attributes: list[Any] = [contents.Attributes(sampler, *others) for sampler in stateless]
         if self.turns and not (carried.is_stateful(loader.dataset) and loader.num_workers == 0):
             self._attributes.append(contents.Contents(loader.dataset))
         parts = (loader.collate_fn,) if self.turns else (loader.dataset, loader.collate_fn)
