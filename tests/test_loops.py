@@ -1590,6 +1590,25 @@ def test_own_loops_that_take_batches_by_hand_are_refused(in_epochs: bool) -> Non
         cut(train)
 
 
+def test_an_own_loop_over_iterators_not_all_of_which_were_asked_is_refused() -> None:
+    """At its first step, not at the save that is due some day: one that waits for its turn is no loop with a head."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(), batch_size=2)
+        run.register(other=other)
+        for _ in run.epochs(1):
+            iterators = [iter(t.loader), iter(other)]
+            for n in range(6):
+                t.learn(next(iterators[n % 2]))
+                t.step()
+
+    with pytest.raises(
+        RegisterError, match=r"'loader:loader' are taken with next\(\) in a loop of the function's own"
+    ):
+        cut(train)
+
+
 def test_iterator_that_is_used_by_hand_and_by_a_loop_is_refused() -> None:
     """A batch taken before the loop, and the rest by it: a resumed function would take another one."""
 

@@ -60,6 +60,11 @@ class Loss(NamedTuple):
         then, now = _shown(self.then.mark), _shown(self.now)
         return (then, now) if then and now else ("", "")
 
+    def registration(self) -> str:
+        """Return the argument with which it is registered."""
+        path, base = path_of(self.name), self.then.base
+        return f"{self.then.parts[-1]}={path[path.index(base) :]}" if self.then.parts else f"{base}=..."
+
 
 def warning(losses: list[Loss]) -> str:
     """Return what to tell of them, in a sentence."""
@@ -78,10 +83,10 @@ def warning(losses: list[Loss]) -> str:
 def _remedy(losses: list[Loss]) -> str:
     """Return what to do: register objects, keep values in `run.state`."""
     found = []
-    objects = dict.fromkeys(one.then.base for one in losses if one.then.register)
+    objects = dict.fromkeys(one.registration() for one in losses if one.then.register)
     values = [one for one in losses if not one.then.register]
     if objects:
-        found.append(f"call run.register({', '.join(f'{name}=...' for name in [*objects][:SHOWN])})")
+        found.append(f"call run.register({', '.join([*objects][:SHOWN])})")
     if any(one.then.parts for one in values):
         found.append(
             "keep it in run.state, or have its owner's state_dict and load_state_dict hold it, and register that"

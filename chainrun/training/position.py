@@ -456,7 +456,10 @@ class Position:
         Raises:
             RegisterError: there is one, and no range or loader's loop whose head could be used.
         """
-        if self.has_head():
+        heads = [running for running in self._running.values() if self.is_head(running, now=False)]
+        if any(
+            head.advanced is not None for head in heads
+        ):  # one that nobody has asked may be taken by hand as well
             return
         for running in self._running.values():
             if running.held and running.advanced is not None and running.advanced >= self._scopes[-1].began:
