@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -424,6 +425,40 @@ def test_numbers_of_numpy_stay_what_they_are(tmp_path: Path) -> None:
     cut(train, (2,), dir=tmp_path)
     file = next((tmp_path / "checkpoints").glob("step-*/rank-00000.pt"))
     assert torch.load(file, weights_only=True)["state"]["kinds"]["float32"] == (1.0, "text")
+
+
+def test_state_that_no_checkpoint_can_hold_is_refused_at_the_first_step() -> None:
+    """Not at the first save, which may be that of the job's last seconds; asking for it draws nothing from the streams."""
+
+    class Holding:
+        def __init__(self, what: Any) -> None:
+            self.what = what
+
+        def state_dict(self) -> dict[str, Any]:
+            torch.rand(3)
+            return {"what": self.what}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.what = state["what"]
+
+    def training(what: Any, kept: Any = None) -> Any:
+        def train(run: Any, DataLoader: Any) -> None:
+            run.register(holding=Holding(what))
+            run.state["kept"] = kept
+            for _ in run.steps(6):
+                run.step(drawn=torch.rand(()))
+
+        return train
+
+    with pytest.raises(
+        RegisterError, match=r"objects\.holding\.what is a re\.Pattern, which a checkpoint cannot hold"
+    ):
+        cut(training(re.compile("")))
+    with pytest.raises(
+        RegisterError, match=r"run\.state\.kept is a re\.Pattern, which a checkpoint cannot hold"
+    ):
+        cut(training(1, re.compile("")))
+    sweep(training(np.float64(1)), 6)
 
 
 def test_an_optimizer_whose_module_is_not_registered_is_refused() -> None:

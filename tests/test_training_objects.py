@@ -409,6 +409,24 @@ class Warmup:
         return min(1.0, (step + 1) / self.steps) / (1 + self.calls / 10)
 
 
+class HandsOver(lr_scheduler.LRScheduler):
+    """Hands over to another scheduler, which its ``__dict__``, and so its state_dict(), has in it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, after: lr_scheduler.LRScheduler) -> None:
+        self.after: Any = after
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[Any]:
+        if self.last_epoch > 3:
+            return self.after.get_last_lr()
+        return [rate * (1 + self.last_epoch) / 4 for rate in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        if self.last_epoch > 3:
+            self.after.step()
+        super().step()
+
+
 s = lr_scheduler
 SCHEDULERS: dict[str, Any] = {
     "LambdaLR": lambda o: s.LambdaLR(o, [Warmup(4), lambda n: 0.9**n]),
@@ -447,6 +465,26 @@ def test_schedulers(name: str) -> None:
         return {"optimizer": optimizer, "scheduler": scheduler}, updating(model, optimizer, turn)
 
     cut_everywhere(training(make), least=STEPS)
+
+
+def test_a_scheduler_that_holds_another_one() -> None:
+    """It goes on with it, and is the same scheduler still."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model = small()
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        after = s.SequentialLR(optimizer, [s.ExponentialLR(optimizer, 0.9), s.StepLR(optimizer, 2)], [9])
+        scheduler = HandsOver(optimizer, HandsOver(optimizer, after))
+        run.register(model=model, optimizer=optimizer, scheduler=scheduler)
+        step = updating(model, optimizer)
+        for n in run.steps(STEPS):
+            loss = step(n, torch.randn(4, 3))
+            scheduler.step()
+            run.step(loss=loss, rate=optimizer.param_groups[0]["lr"], after=after.last_epoch)
+        assert scheduler.after.after is after
+        return digest(model.state_dict())
+
+    sweep(train, STEPS, quick=True)
 
 
 # ---- groups ------------------------------------------------------------------------------------------------

@@ -358,11 +358,11 @@ class _Other:
         return self._thing
 
     def state_dict(self) -> Any:
-        return self._thing.state_dict()
+        return _with_inner_schedulers(self._thing)
 
     def load_state_dict(self, state: Any) -> None:
         try:
-            self._thing.load_state_dict(copied(state))
+            _load_inner_schedulers(self._thing, copied(state))
         except RestoreError:
             raise
         except Exception as error:
@@ -370,6 +370,46 @@ class _Other:
                 f"'{self._name}' ({type(self._thing).__name__}) did not take its saved state: "
                 f"{type(error).__name__}: {error}"
             ) from error
+
+
+_INNER = "chainrun: state_dict"
+
+
+def _with_inner_schedulers(thing: Any) -> Any:
+    """Return an object's state_dict, with those of schedulers in the place of what it holds of these themselves.
+
+    ``LRScheduler.state_dict`` gives all of ``__dict__``, a scheduler that follows a warm-up too.
+    """
+    found = thing.state_dict()
+    inner = _inner_schedulers(thing, found)
+    return (
+        {**found, **{key: {_INNER: _with_inner_schedulers(one)} for key, one in inner.items()}}
+        if inner
+        else found
+    )
+
+
+def _load_inner_schedulers(thing: Any, state: Any) -> None:
+    inner = (
+        _inner_schedulers(thing, vars(thing))
+        if isinstance(state, dict) and hasattr(thing, "__dict__")
+        else {}
+    )
+    inner = {
+        key: one for key, one in inner.items() if isinstance(state.get(key), dict) and _INNER in state[key]
+    }
+    for key, one in inner.items():
+        _load_inner_schedulers(one, state[key][_INNER])
+    thing.load_state_dict(
+        {key: value for key, value in state.items() if key not in inner} if inner else state
+    )
+
+
+def _inner_schedulers(thing: Any, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        return {}
+    own, kind = getattr(thing, "__dict__", {}), torch.optim.lr_scheduler.LRScheduler
+    return {key: one for key, one in found.items() if isinstance(one, kind) and own.get(key) is one}
 
 
 def adapt(name: str, thing: Any) -> Stateful:
@@ -463,6 +503,11 @@ def _named(things: dict[str, Stateful]) -> dict[str, torch.nn.Parameter]:
         if isinstance(thing, _Module)
         for path, parameter in thing.named_parameters()
     }
+
+
+def states_of_others(things: dict[str, Stateful]) -> dict[str, Any]:
+    """Return the state_dict() of what is neither a module nor an optimizer."""
+    return {name: thing.state_dict() for name, thing in things.items() if isinstance(thing, _Other)}
 
 
 def check_names(things: dict[str, Stateful]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from chainrun.checkpoint import buckets, objects, sharded, state
 from chainrun.checkpoint.store import Committed
+from chainrun.checkpoint.writer import ready
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.rundir import RunDir
 from chainrun.training import data, rng, turns, variables, worker
@@ -298,6 +299,8 @@ class Run:
             self._position.refuse_by_hand()
             registered, things = self._registry.objects, [thing for _, thing in self._registry.things()]
             objects.check(registered)
+            if not self.resumed:
+                self._check_kinds(registered)
             self._diagnosis.first_boundary()
             for line in (
                 *objects.forgotten(registered, things),
@@ -329,6 +332,14 @@ class Run:
                 self._due = wish
         if self._due is not None:
             self._wish(self._due)
+
+    def _check_kinds(self, registered: dict[str, objects.Stateful]) -> None:
+        """See before the first save, which may be that of the job's last seconds, that a checkpoint can hold the state."""
+        streams = rng.capture()
+        refused = ready({"objects": objects.states_of_others(registered), "state": self.state}).refused
+        rng.restore(streams)  # a state_dict() may draw
+        if refused is not None:
+            raise RegisterError(refused)
 
     def _warn(self, line: str) -> None:
         """Say, in the log and in the journal, what the function forgets."""
@@ -415,11 +426,17 @@ class Run:
         """This rank's state, ready to be written."""
         if self.on_place is not None:
             self.on_place()
+        streams = rng.capture()
+        registered = self._registry.state()
+        if rng.capture() != streams:
+            rng.restore(
+                streams
+            )  # a state_dict() of the user's has drawn, which a training that is not cut does not
         return {
-            **self._registry.state(),
+            **registered,
             "state": self.state,
             "loaders": {name: chain.state_dict() for name, chain in self._registry.loaders.items()},
-            "rng": rng.to_tensors(rng.capture()),
+            "rng": rng.to_tensors(streams),
             "position": self._position.capture(owner),
             "ranges": self._ranges,
             "turns": self._diagnosis.turns,
