@@ -1590,6 +1590,25 @@ def test_own_loops_that_take_batches_by_hand_are_refused(in_epochs: bool) -> Non
         cut(train)
 
 
+def test_a_batch_at_the_end_of_each_epoch_from_one_iterator() -> None:
+    """It is no loop around the next epoch's: a cut in that does not wait."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        t = Tools(run, DataLoader)
+        other = DataLoader(items(14), batch_size=2, shuffle=True)
+        run.register(other=other)
+        held = iter(other)
+        for _ in run.epochs(7):
+            for x in t.loader:
+                t.learn(x)
+                t.step()
+            run.log(more=next(held)[0].sum())
+        return t.result()
+
+    sweep(train, 21, quick=True)
+    assert cut(train, (5,)).stopped_at == [5]
+
+
 def test_an_own_loop_over_iterators_not_all_of_which_were_asked_is_refused() -> None:
     """At its first step, not at the save that is due some day: one that waits for its turn is no loop with a head."""
 

@@ -382,30 +382,23 @@ def _with_inner_schedulers(thing: Any) -> Any:
     """
     found = thing.state_dict()
     inner = _inner_schedulers(thing, found)
-    return (
-        {**found, **{key: {_INNER: _with_inner_schedulers(one)} for key, one in inner.items()}}
-        if inner
-        else found
-    )
+    states = {key: {_INNER: _with_inner_schedulers(one)} for key, one in inner.items()}
+    return {**found, **states} if inner else found
 
 
 def _load_inner_schedulers(thing: Any, state: Any) -> None:
-    inner = (
-        _inner_schedulers(thing, vars(thing))
-        if isinstance(state, dict) and hasattr(thing, "__dict__")
-        else {}
-    )
-    inner = {
-        key: one for key, one in inner.items() if isinstance(state.get(key), dict) and _INNER in state[key]
-    }
-    for key, one in inner.items():
-        _load_inner_schedulers(one, state[key][_INNER])
+    """Have an object load what `_with_inner_schedulers` returned."""
+    known = _inner_schedulers(thing, getattr(thing, "__dict__", None)) if isinstance(state, dict) else {}
+    inner = {key for key in known if isinstance(state.get(key), dict) and _INNER in state[key]}
+    for key in inner:
+        _load_inner_schedulers(known[key], state[key][_INNER])
     thing.load_state_dict(
         {key: value for key, value in state.items() if key not in inner} if inner else state
     )
 
 
 def _inner_schedulers(thing: Any, found: Any) -> dict[str, Any]:
+    """Return the schedulers among what an object has of its own attributes."""
     if not isinstance(found, dict):
         return {}
     own, kind = getattr(thing, "__dict__", {}), torch.optim.lr_scheduler.LRScheduler

@@ -204,9 +204,10 @@ def is_large_container(value: Any) -> bool:
 def refilled(live: Any, value: Any) -> Any:
     """Return what has the content of `value`, the same objects as far as that is possible."""
     if type(value) is _Shared:
-        live.value = value.value
+        if isinstance(live, Synchronized):
+            live.value = value.value
         return live
-    if type(live) is not type(value):
+    if type(live) is not type(value) or _is_named(value):
         return value
     if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
         value.shape,
@@ -216,8 +217,6 @@ def refilled(live: Any, value: Any) -> Any:
     elif isinstance(live, (list, tuple)):
         known = [*live[: len(value)], *[None] * (len(value) - len(live))]
         items = [refilled(old, new) for old, new in zip(known, value, strict=True)]
-        if _is_named(value):
-            return value
         if isinstance(live, list):
             live[:] = items
         elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):

@@ -457,9 +457,8 @@ class Position:
             RegisterError: there is one, and no range or loader's loop whose head could be used.
         """
         heads = [running for running in self._running.values() if self.is_head(running, now=False)]
-        if any(
-            head.advanced is not None for head in heads
-        ):  # one that nobody has asked may be taken by hand as well
+        # one that nobody has asked yet may be taken by hand as well
+        if any(head.advanced is not None for head in heads):
             return
         for running in self._running.values():
             if running.held and running.advanced is not None and running.advanced >= self._scopes[-1].began:
@@ -511,7 +510,7 @@ class Position:
         for other in self._running.values():
             if other is head or other.loop in ("epochs", "steps") or other.advanced is None:
                 continue
-            if self._is_only_held(other):
+            if self._is_only_held(other) or self._was_of_an_earlier_turn(other):
                 continue
             if other.advanced < since:
                 return other.loop
@@ -523,6 +522,12 @@ class Position:
         It is no loop that has to go on, and is gone through again like any look.
         """
         return one.early and one.advanced is not None and one.depth < len(self._scopes)
+
+    def _was_of_an_earlier_turn(self, one: Pass) -> bool:
+        """Whether it was last asked with next() by a turn of `epochs` that is over: a batch now and then, and no loop."""
+        scope = self._scopes[-1]
+        asked_inside = one.held and one.depth == len(self._scopes) and scope.loop == "epochs"
+        return asked_inside and one.advanced is not None and one.advanced < scope.began
 
     def capture(self, owner: str | None) -> dict[str, Any]:
         """Return the place as plain data."""

@@ -428,10 +428,8 @@ class Run:
             self.on_place()
         streams = rng.capture()
         registered = self._registry.state()
-        if rng.capture() != streams:
-            rng.restore(
-                streams
-            )  # a state_dict() of the user's has drawn, which a training that is not cut does not
+        if rng.capture() != streams:  # a state_dict() of the user's has drawn
+            rng.restore(streams)
         return {
             **registered,
             "state": self.state,
