@@ -72,7 +72,7 @@ class Diagnosis:
     @property
     def turns(self) -> turns.Turns:
         """In which turns the function's own loops are."""
-        return turns.turns(self._variables.frames(managers=False))
+        return turns.turns(self._variables.frames())
 
     # ---- the segment that ends
 

@@ -22,7 +22,17 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from chainrun.training import clocks, variables
-from chainrun.training.held import ATOMS, WEIGHTS, Kept, Place, frames, functions_of, path_of, within_managers
+from chainrun.training.held import (
+    ATOMS,
+    WEIGHTS,
+    Kept,
+    Place,
+    frames,
+    functions_of,
+    managers,
+    path_of,
+    within_managers,
+)
 from chainrun.training.liveness import Code, Key, Keys, live_in, written_before_the_loop
 
 SECONDS = 0.3  # that a look at the variables may take; what it did not come to is not compared
@@ -116,6 +126,7 @@ class Variables:
         outside: frozenset[types.CodeType],
     ) -> None:
         self._registered, self._names, self._outside = registered, names, outside
+        self._managers = managers()  # those that the code has entered which began the run
         self._begun: dict[str, str] = {}  # the marks where the segment's first loop began, or went on
         self._first: dict[str, str] = {}  # those at its first boundary
         self._first_at = -1
@@ -124,10 +135,10 @@ class Variables:
         self._called: dict[str, list[types.CodeType]] = {}
         self._same: dict[tuple[types.FrameType, str], set[tuple[types.FrameType, str]]] = {}
 
-    def frames(self, *, managers: bool = True) -> list[types.FrameType]:
+    def frames(self) -> list[types.FrameType]:
         """Return the frames of the user's code that call, from inside out; after them those of context managers."""
         calling, package = frames(sys._getframe(1), self._outside)
-        return [*calling, *(within_managers(package) if calling and managers else ())]
+        return [*calling, *(within_managers(package) if managers() > self._managers else ())]
 
     def _look(self, where: list[types.FrameType], *, lent: bool = True) -> Kept:
         callers = [frame for frame in where if not frame.f_code.co_flags & inspect.CO_GENERATOR]
