@@ -18,12 +18,14 @@ crash: setup           ## 1,000 kills and 5,000 power cuts, where `make test` ha
 	  tests/test_crash.py tests/test_power.py tests/test_faults.py
 
 # Every loop and object at every cut, 0, 1 and 3 workers, 1 and 2 ranks, 20 steps at least (tests/everywhere.py).
+# Hours on two cores; `make exact EXACT=tests/test_modules.py` goes over a part.
+EXACT ?= tests/test_loops.py tests/test_loader.py tests/test_iterable.py tests/test_loader_errors.py \
+  tests/test_training_objects.py tests/test_modules.py tests/test_register.py tests/test_parallel.py \
+  tests/test_counter.py tests/test_random_loaders.py tests/test_random_programs.py
 exact: setup           ## exactness everywhere, where `make test` goes over some of the combinations
 	rm -f .exact.jsonl
 	CHAINRUN_EXACT=$(CURDIR)/.exact.jsonl CHAINRUN_EXAMPLES=100 CHAINRUN_PROGRAMS=200 \
-	  $(BIN)/python -m pytest -n 2 $(ARGS) tests/test_loops.py tests/test_loader.py tests/test_iterable.py \
-	  tests/test_loader_errors.py tests/test_training_objects.py tests/test_modules.py tests/test_register.py \
-	  tests/test_parallel.py tests/test_counter.py tests/test_random_loaders.py tests/test_random_programs.py
+	  $(BIN)/python -m pytest -n 2 $(ARGS) $(EXACT)
 
 check: setup           ## format, lint, strict types, layer contracts
 	$(BIN)/ruff format --check . slurm/cluster
