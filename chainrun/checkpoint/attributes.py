@@ -267,21 +267,23 @@ class OfOptimizer(Attributes):
     """The attributes of an optimizer of somebody's own that are not torch's."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._is_torchs = type(optimizer).__module__.startswith("torch.optim")
         super().__init__(optimizer, but="")
+
+    def _own(self) -> Iterator[tuple[str, Any]]:
+        if not type(self._module).__module__.startswith("torch.optim"):
+            for name, value in list(vars(self._module).items()):
+                if name not in _OPTIMIZERS_OWN and not name.startswith("_optimizer_"):
+                    yield name, value
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         seen: set[int] = set()
-        if self._is_torchs:
-            return
-        for name, value in list(vars(self._module).items()):
-            if name not in _OPTIMIZERS_OWN and not name.startswith("_optimizer_"):
-                yield from self._in_attribute(f".{name}", value, seen)
+        for name, value in self._own():
+            yield from self._in_attribute(f".{name}", value, seen)
 
     def by_objects(self) -> Iterator[str]:
         """Yield the names of dicts that hold tensors by modules or parameters, of which there are others after a resume."""
-        for name, value in [] if self._is_torchs else vars(self._module).items():
-            if name not in _OPTIMIZERS_OWN and isinstance(value, dict):
+        for name, value in self._own():
+            if isinstance(value, dict):
                 by = [key for key, one in value.items() if isinstance(one, torch.Tensor)]
                 if any(isinstance(key, (torch.nn.Module, torch.Tensor)) for key in by):
                     yield name

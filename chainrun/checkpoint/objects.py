@@ -498,6 +498,10 @@ def _named(things: dict[str, Stateful]) -> dict[str, torch.nn.Parameter]:
     }
 
 
+def _modules(things: dict[str, Stateful]) -> list[_Module]:
+    return [thing for thing in things.values() if isinstance(thing, _Module)]
+
+
 def states_of_others(things: dict[str, Stateful]) -> dict[str, Any]:
     """Return the state_dict() of what is neither a module nor an optimizer."""
     return {name: thing.state_dict() for name, thing in things.items() if isinstance(thing, _Other)}
@@ -509,9 +513,8 @@ def check_names(things: dict[str, Stateful]) -> None:
     Raises:
         RegisterError: one's have not.
     """
-    for thing in things.values():
-        if isinstance(thing, _Module):
-            thing.check_names()
+    for module in _modules(things):
+        module.check_names()
 
 
 def check(things: dict[str, Stateful]) -> None:
@@ -520,9 +523,8 @@ def check(things: dict[str, Stateful]) -> None:
     Raises:
         RestoreError: one is not.
     """
-    for thing in things.values():
-        if isinstance(thing, _Module):
-            thing.check()
+    for module in _modules(things):
+        module.check()
 
 
 def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str]:
@@ -538,7 +540,7 @@ def forgotten(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
             "that the ranks cannot stop together. Give all ranks equally many batches (DistributedSampler does, "
             "drop_last=True for a batch sampler), without join()"
         )
-    modules = [thing for thing in things.values() if isinstance(thing, _Module)]
+    modules = _modules(things)
     registered = {id(mark) for thing in modules for mark in thing.marks()}
     for thing in modules:
         for copy in thing.copies():

@@ -28,6 +28,7 @@ _ALWAYS = {"JUMP_FORWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD", "JUMP_BACKWARD_NO_I
 _HANDLERS = {"SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "SETUP_CLEANUP"}  # until Python 3.10
 _ENDS = {"RETURN_VALUE", "RETURN_CONST"}
 _RAISES = {"RAISE_VARARGS", "RERAISE"}
+_LEAVES = _ALWAYS | _ENDS | _RAISES
 _CALLS = (
     *("PRECALL", "CALL", "CALL_KW"),
     *("CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "CALL_METHOD"),
@@ -97,9 +98,7 @@ def read(code: types.CodeType) -> list[Step]:
             if step.opcode in _JUMPS and name not in _HANDLERS and step.argval in places:
                 goes_on.append(places[step.argval])
         inner = step.argval if type(step.argval) is types.CodeType and "<" in step.argval.co_name else None
-        effects = tuple(
-            _effects(step, cells, listed[place - 1] if place else None, listed[after : after + 4])
-        )
+        effects = tuple(_effects(listed, place, cells))
         found.append(Step(step.offset, name, tuple(goes_on), effects, inner))
     for place, callee in _calls(listed):  # what is called writes after its arguments were read
         *others, last = found[callee].effects or (None,)
@@ -127,10 +126,9 @@ def _calls(listed: list[dis.Instruction]) -> Iterator[tuple[int, int]]:
         yield place, callee - (listed[callee].opname == "PUSH_NULL")  # from Python 3.13 on it comes after
 
 
-def _effects(
-    step: dis.Instruction, cells: set[str], last: dis.Instruction | None, then: list[dis.Instruction]
-) -> Iterator[Effect]:
-    name = step.opname
+def _effects(listed: list[dis.Instruction], place: int, cells: set[str]) -> Iterator[Effect]:
+    step, then = listed[place], listed[place + 1 : place + 5]
+    name, last = step.opname, listed[place - 1].opname
     if name == "LOAD_CONST":
         texts = step.argval if type(step.argval) is tuple else (step.argval,)
         # the names of events have parts; what has none is what a metric is called, mostly
@@ -147,21 +145,21 @@ def _effects(
             return
     verbs = re.findall("LOAD|STORE|DELETE", name)
     names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-    for place, (verb, which) in enumerate(zip(verbs, names, strict=False)):
+    for number, (verb, which) in enumerate(zip(verbs, names, strict=False)):
         if "_FAST" in name and verb == "LOAD" and which in cells:  # a function is made, from Python 3.13
             continue
         key = (kind, str(which))
-        if verb != "LOAD" or (place == len(verbs) - 1 and _is_overwritten(then)):
+        if verb != "LOAD" or (number == len(verbs) - 1 and _is_overwritten(then)):
             yield Effect("write", key)
         else:
             # what else is loaded from an object runs only where it is a property
             is_method = kind == "attribute" and (name == "LOAD_METHOD" or "NULL|self" in step.argrepr)
             yield Effect("ask" if is_method else "use", key)
             if kind == "attribute" and not is_method:
-                if last is not None and last.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+                if last.startswith(("LOAD_FAST", "LOAD_DEREF")):
                     yield Effect("pass", key)
                 yield Effect("call", (kind, PROPERTY + key[1]))
-            elif kind == "attribute" or place < len(verbs) - 1 or not _is_taken_apart(then):
+            elif kind == "attribute" or number < len(verbs) - 1 or not _is_taken_apart(then):
                 yield Effect("call", key)
 
 
@@ -323,11 +321,7 @@ class Code:
 
     @functools.cached_property
     def _set_somewhere(self) -> set[Key]:
-        """The attributes that are data: some code sets them."""
-        steps = itertools.chain(*(read(code) for codes in self._functions.values() for code in codes))
-        return {
-            key for step in steps for what, key in step.effects if what == "write" and key[0] == "attribute"
-        }
+        return attributes_set(self._functions)
 
     def _before(self, step: Step, live: Keys, cells: set[str]) -> Keys:
         if step.inner is not None:
@@ -370,6 +364,13 @@ class Code:
         return read_, written
 
 
+def attributes_set(functions: dict[str, list[types.CodeType]]) -> set[Key]:
+    """Return the attributes that are data: some code sets them."""
+    steps = itertools.chain(*map(read, itertools.chain(*functions.values())))
+    written = {key for step in steps for what, key in step.effects if what == "write"}
+    return {key for key in written if key[0] == "attribute"}
+
+
 def live_in(
     code: Code, where: list[types.FrameType], gives: bool | None = None, around_gives: bool = False
 ) -> dict[types.FrameType, Keys]:
@@ -402,7 +403,7 @@ def before(steps: list[dis.Instruction], place: int, values: int) -> int:
         step, start = steps[place], steps[place + 1].offset
         # in the midst of `a if b else c` or `a or b` there are jumps, and jumps lead there
         is_inside = any(n <= place and start < to <= end for n, to in jumps)
-        falls_through = step.opname not in {*_ALWAYS, *_ENDS, *_RAISES}
+        falls_through = step.opname not in _LEAVES
         if depth >= values and falls_through and not is_inside and step.opcode not in _JUMPS:
             break
         if not falls_through:  # what comes after it is jumped to

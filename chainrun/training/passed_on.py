@@ -25,6 +25,7 @@ from chainrun.training.held import fields, functions_of
 from chainrun.training.liveness import (
     Code,
     Key,
+    attributes_set,
     before,
     exit_of,
     filled_in_the_loop,
@@ -107,9 +108,7 @@ def _passed_on(where: list[types.FrameType], late: frozenset[str]) -> PassedOn:
     frame, at = where[0].f_code, where[0].f_lasti
     names = {*frame.co_varnames, *frame.co_cellvars}  # bound or not: all ranks have to find the same
     functions = functions_of(where)
-    steps = itertools.chain(*(read(one) for one in itertools.chain(*functions.values())))
-    written_to = {key for step in steps for what, key in step.effects if what == "write"}
-    set_somewhere = {key for key in written_to if key[0] == "attribute"}
+    set_somewhere = attributes_set(functions)
     code = Code(functions, {("local", name) for name in names} | set_somewhere, data=set_somewhere)
     live = live_in(code, where, gives=False)[where[0]]
     read_after = sorted(name for name in names if ("local", name) in live)

@@ -456,11 +456,11 @@ class Position:
         Raises:
             RegisterError: there is one, and no range or loader's loop whose head could be used.
         """
-        heads = [running for running in self._running.values() if self.is_head(running, now=False)]
+        passes = self._running.values()
         # one that nobody has asked yet may be taken by hand as well
-        if any(head.advanced is not None for head in heads):
+        if any(one.advanced is not None and self.is_head(one, now=False) for one in passes):
             return
-        for running in self._running.values():
+        for running in passes:
             if running.held and running.advanced is not None and running.advanced >= self._scopes[-1].began:
                 raise RegisterError(
                     f"batches of '{running.loop}' are taken with next() in a loop of the function's own, whose "

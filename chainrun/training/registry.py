@@ -162,11 +162,12 @@ class Registry:
 
     def state(self) -> dict[str, Any]:
         """Return the state of what is registered, besides loaders."""
-        return {
-            "objects": {name: thing.state_dict() for name, thing in self.objects.items()},
-            "extras": objects.extras(self.objects),
-            "gradients": objects.gradients(self.objects),
-        }
+        with rng.untouched():
+            return {
+                "objects": {name: thing.state_dict() for name, thing in self.objects.items()},
+                "extras": objects.extras(self.objects),
+                "gradients": objects.gradients(self.objects),
+            }
 
     def random_state(self) -> dict[str, Any]:
         """Return all that is random, and where the loaders' workers are, as tensors and plain data."""

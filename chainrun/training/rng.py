@@ -7,10 +7,12 @@ opens (NumPy's own tuple it refuses), and are compared and fingerprinted without
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import struct
 from array import array
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -162,6 +164,17 @@ def restore(state: State) -> None:
         for index in range(count):
             if f"{kind}:{index}" in state:
                 module.set_rng_state(to_tensor(state[f"{kind}:{index}"]), index)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Leave the global generators as they are, whatever is done inside: a state_dict() of the user's may draw."""
+    state = capture()
+    try:
+        yield
+    finally:
+        if capture() != state:
+            restore(state)
 
 
 def seed_all(seed: int) -> None:

@@ -162,7 +162,6 @@ class Run:
         if self._diagnosis.expects_witness:
             owner = saved["position"]["owner"]
             self._diagnosis.hear(owner, self._witnessed, self.global_step)
-            rng.restore(rng.from_tensors(saved["rng"]))  # a state_dict() may draw
             self._diagnosis.compare_variables(owner, saved["ranges"])
         for line in lines:
             self._diagnosis.tell(line)
@@ -335,9 +334,9 @@ class Run:
 
     def _check_kinds(self, registered: dict[str, objects.Stateful]) -> None:
         """See before the first save, which may be that of the job's last seconds, that a checkpoint can hold the state."""
-        streams = rng.capture()
-        refused = ready({"objects": objects.states_of_others(registered), "state": self.state}).refused
-        rng.restore(streams)  # a state_dict() may draw
+        with rng.untouched():
+            states = objects.states_of_others(registered)
+        refused = ready({"objects": states, "state": self.state}).refused
         if refused is not None:
             raise RegisterError(refused)
 
@@ -426,15 +425,11 @@ class Run:
         """This rank's state, ready to be written."""
         if self.on_place is not None:
             self.on_place()
-        streams = rng.capture()
-        registered = self._registry.state()
-        if rng.capture() != streams:  # a state_dict() of the user's has drawn
-            rng.restore(streams)
         return {
-            **registered,
+            **self._registry.state(),
             "state": self.state,
             "loaders": {name: chain.state_dict() for name, chain in self._registry.loaders.items()},
-            "rng": rng.to_tensors(streams),
+            "rng": rng.to_tensors(rng.capture()),
             "position": self._position.capture(owner),
             "ranges": self._ranges,
             "turns": self._diagnosis.turns,
