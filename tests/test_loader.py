@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import enum
 import functools
 import gc
 import multiprocessing
@@ -24,6 +25,7 @@ from torch.utils import data
 
 import chainrun
 from chainrun.errors import RegisterError, RestoreError
+from chainrun.training import contents
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -971,6 +973,45 @@ def test_containers_and_settings_that_the_training_changes_are_exact_at_every_cu
         return digest(model.state_dict())
 
     cut_everywhere(train, least=12)
+
+
+class Mode(enum.Enum):
+    EASY = 1
+    HARD = 2
+
+
+class Moody(Noisy):
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.mode, self.pace = Mode.EASY, Pace()
+
+
+def test_a_member_of_an_enumeration_is_left_as_it_is() -> None:
+    """It is one object for all: what a data set or a sampler holds of it must not be written into another member."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        items, pace = Moody(), Pace()
+        pace.mode = Mode.EASY  # type: ignore[attr-defined]
+        loader = DataLoader(items, batch_size=2, sampler=Paced(8, pace))
+        run.register(loader=loader)
+        for _ in run.epochs(2):
+            for batch in loader:
+                run.step(batch=batch.sum())
+            items.mode = pace.mode = Mode.HARD  # type: ignore[attr-defined]
+
+    assert len(cut(train, range(1, 12)).stopped_at) > 8
+    assert [mode.value for mode in Mode] == [1, 2]
+
+
+def test_what_is_large_in_an_object_that_a_sampler_holds_is_not_carried() -> None:
+    """It is copied when the loader is registered, and at every save: features of all items, a module's weights."""
+    pace = Pace()
+    pace.features = torch.zeros(20_000)  # type: ignore[attr-defined]
+    sampler = Paced(10, pace)
+    found = contents.Attributes(sampler, None)
+    pace.features = torch.ones(20_000)  # type: ignore[attr-defined]
+    pace.of["used"] += 1
+    assert list(found.state_dict()) == ["pace.of"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

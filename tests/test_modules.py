@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import enum
 import pickle
 import random
 import warnings
@@ -279,6 +280,31 @@ def test_a_module_that_changes_between_register_and_the_loop_is_refused() -> Non
         cut(training_that(compute))
     cut_everywhere(training_that(note), least=STEPS)
     cut(training_that(cut_off, inside=True))
+
+
+class Mode(enum.Enum):
+    EASY = 1
+    HARD = 2
+
+
+class Moody(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.mode = Mode.EASY
+
+
+def test_a_member_of_an_enumeration_in_a_module_is_left_as_it_is() -> None:
+    """It is one object for all: what a module holds of it must not be written into another member."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        model = Moody()
+        run.register(model=model)
+        for _ in run.steps(4):
+            model.mode = Mode.HARD
+            run.step()
+
+    assert cut(train, (1, 2, 3)).stopped_at == [1, 2, 3]
+    assert [mode.value for mode in Mode] == [1, 2]
 
 
 def test_a_copy_that_is_not_registered_is_refused() -> None:

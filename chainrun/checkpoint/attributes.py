@@ -7,6 +7,7 @@ a NumPy view leaves no other trace.
 
 from __future__ import annotations
 
+import enum
 import marshal
 import types
 import weakref
@@ -169,6 +170,8 @@ class Attributes:
     def _in_object(self, path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
         if _is_state(_plain(value)):
             yield path, value
+        elif isinstance(value, enum.Enum):
+            return  # what it holds is its class's, and no file
         elif not depth or not _is_followed(value):
             yield path, _OTHER
         elif id(value) not in seen:

@@ -9,6 +9,7 @@ A map-style data set may hold a cache, which is no state and may be large: there
 from __future__ import annotations
 
 import argparse
+import enum
 import functools
 import marshal
 import os
@@ -39,7 +40,18 @@ from chainrun.training.packed import (
     without_folders,
 )
 
-_HOLDS = (str, bytes, list, tuple, dict, set, deque, np.ndarray, torch.Tensor)  # what is no open file
+_HOLDS = (
+    str,
+    bytes,
+    list,
+    tuple,
+    dict,
+    set,
+    deque,
+    np.ndarray,
+    torch.Tensor,
+    enum.Enum,
+)  # what is no open file
 _DEPTH, _WIDTH = 6, 64  # how deep objects are looked for, and in how long containers
 _NOT_STATE: Any = object()
 
@@ -166,7 +178,8 @@ class Attributes:
     def _fields(self) -> Iterator[tuple[str, Any]]:
         for path, owner in self._owners().items():
             for name, value in carried.fields(owner):
-                if id(value) not in self._others and not (path and is_large_container(value)):
+                is_small = (size_of(value, LARGE) or 0) <= LARGE
+                if id(value) not in self._others and (is_small or not path):
                     yield f"{path}.{name}".removeprefix("."), value
 
     def _all(self) -> dict[str, Any]:
@@ -236,7 +249,7 @@ def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple
         for key, one in items if len(value) <= _WIDTH and depth else ():
             yield from _objects_in(one, f"{at}[{key!r}]", depth - 1)
     elif isinstance(
-        value, (type, torch.nn.Module, *rng.GENERATORS, *carried.FUNCTIONS)
+        value, (type, enum.Enum, torch.nn.Module, *rng.GENERATORS, *carried.FUNCTIONS)
     ) or carried.is_stateful(value):
         return
     elif _is_followed(type(value)):  # type: ignore[arg-type]
