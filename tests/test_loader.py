@@ -981,26 +981,186 @@ class Mode(enum.Enum):
 
 
 class Moody(Noisy):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[enum.Enum]) -> None:
         super().__init__(8)
-        self.mode, self.pace = Mode.EASY, Pace()
+        self.mode, self.pace = kind(1), Pace()
 
 
 def test_a_member_of_an_enumeration_is_left_as_it_is() -> None:
     """It is one object for all: what a data set or a sampler holds of it must not be written into another member."""
 
+    class Local(enum.Enum):
+        EASY = 1
+        HARD = 2
+
+    def training_with(kind: type[enum.Enum]) -> Any:
+        def train(run: Any, DataLoader: Any) -> int:
+            items, pace = Moody(kind), Pace()
+            pace.mode = kind(1)  # type: ignore[attr-defined]
+            loader = DataLoader(items, batch_size=2, sampler=Paced(8, pace))
+            run.register(loader=loader)
+            for _ in run.epochs(2):
+                for batch in loader:
+                    run.step(batch=batch.sum())
+                items.mode = pace.mode = kind(2)  # type: ignore[attr-defined]
+            return items.mode.value + pace.mode.value  # type: ignore[no-any-return, attr-defined]
+
+        return train
+
+    for kind in (Mode, Local):
+        assert len(cut(training_with(kind), range(1, 12)).stopped_at) > 8
+        assert [mode.value for mode in kind] == [1, 2]
+    assert cut(training_with(Mode), range(1, 12)).result == 4
+
+
+class Settings(dict):
+    """Settings whose keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__  # type: ignore[assignment]
+
+
+class Losses(list):
+    """Says which is the last one."""
+
+    def last(self) -> float:
+        return float(self[-1])
+
+
+@dataclass(frozen=True)
+class Strength:
+    value: float
+
+
+class Task:
+    def __init__(self, number: int) -> None:
+        self.number, self.wins = number, 0
+
+
+class Choosing(Noisy):
+    """What the training replaces: by another one of those that it has, or that the module has."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.mode, self.transform, self.dtype = Mode.EASY, torch.sin, torch.float64
+        self.tasks: Any = [Task(number) for number in range(3)]
+        self.active, self.pool = self.tasks[0], self.tasks[:1]
+        self.settings, self.losses, self.strength = Settings(noise=1.0), Losses([1.0]), Strength(1.0)
+        self.code, self.seen = b"ab", frozenset({1})
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        numbers = (
+            self.mode.value,
+            self.active.number,
+            self.active.wins,
+            len(self.pool),
+            self.pool[-1].number,
+        )
+        numbers += (
+            self.settings.noise,
+            self.losses.last(),
+            self.strength.value,
+            self.code[0],
+            sum(self.seen),
+        )
+        return self.transform(super().__getitem__(index) + sum(numbers) / 10).to(self.dtype).double()
+
+    def train(self, loss: float) -> None:
+        self.mode = Mode.HARD
+        self.transform = torch.cos if self.transform is twice else twice
+        self.active.wins += 1
+        self.active = self.tasks[int(loss * 1e6) % 3]
+        self.pool.append(self.tasks[int(loss * 1e5) % 3])
+        self.tasks = self.tasks[::-1]
+        self.settings.noise *= 0.5
+        self.losses.append(loss)
+        self.strength = Strength(loss)
+        self.code, self.seen = self.code[::-1], self.seen | {len(self.losses)}
+        self.dtype = torch.float32 if self.dtype == torch.float64 else torch.float64
+
+
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_the_training_replaces_by_another_one_is_exact_at_every_cut(workers: int) -> None:
+    """Members, functions, objects of the data set's own; its own kinds of dicts and lists; what is frozen, bytes."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        items = Choosing()
+        model, optimizer = parts()
+        loader = DataLoader(items, batch_size=2, shuffle=True, num_workers=workers)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(4):
+            for batch in loader:
+                learn(run, model, optimizer, batch)
+            items.train(batch.abs().mean().item())
+        assert isinstance(items.settings, Settings) and isinstance(items.losses, Losses)
+        assert any(items.active is task for task in items.tasks)
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=16)
+
+
+def test_an_object_of_another_kind_in_a_data_set_is_told() -> None:
+    """Nothing can make it again; that it is another one is said at the resume, also of one in a list."""
+
     def train(run: Any, DataLoader: Any) -> None:
-        items, pace = Moody(), Pace()
-        pace.mode = Mode.EASY  # type: ignore[attr-defined]
-        loader = DataLoader(items, batch_size=2, sampler=Paced(8, pace))
+        items = Noisy(4)
+        items.transform, items.more = Task(1), [Task(2)]  # type: ignore[attr-defined]
+        loader = DataLoader(items, batch_size=2)
         run.register(loader=loader)
         for _ in run.epochs(2):
             for batch in loader:
                 run.step(batch=batch.sum())
-            items.mode = pace.mode = Mode.HARD  # type: ignore[attr-defined]
+            items.transform = Pace()  # type: ignore[attr-defined]
+            items.more.append(Task(3))  # type: ignore[attr-defined]
 
-    assert len(cut(train, range(1, 12)).stopped_at) > 8
-    assert [mode.value for mode in Mode] == [1, 2]
+    said = cut(train, (3,)).said
+    assert any(
+        "the attribute 'transform' of Noisy" in line and "(Pace then, Task here)" in line for line in said
+    )
+    assert any("'more' of Noisy" in line and "([Task, Task] then, [Task] here)" in line for line in said)
+    assert not any("what it was" in line for line in cut(train, (1,)).said)
+
+
+def collating_with(settings: dict[str, float]) -> Any:
+    """Return a collate function that has its settings and a count from around it, and a list of its own."""
+    calls = 0
+
+    def collate(items: list[torch.Tensor], means: list[float] = [0.0]) -> torch.Tensor:  # noqa: B006
+        nonlocal calls
+        calls += 1
+        means.append(torch.stack(items).mean().item())
+        return torch.stack(items) * settings["noise"] + calls + sum(means)
+
+    return collate
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("by", ["closure", "partial"])
+def test_what_a_collate_function_has_from_around_it_is_exact_at_every_cut(by: str, workers: int) -> None:
+    """A dict that the training changes, a count of its own, a list that is the default of an argument."""
+
+    def scaled(items: list[torch.Tensor], settings: dict[str, float]) -> torch.Tensor:
+        return torch.stack(items) * settings["noise"]
+
+    def train(run: Any, DataLoader: Any) -> str:
+        settings = {"noise": 1.0}
+        collate = (
+            collating_with(settings) if by == "closure" else functools.partial(scaled, settings=settings)
+        )
+        model, optimizer = parts()
+        loader = DataLoader(Noisy(8), batch_size=2, shuffle=True, collate_fn=collate, num_workers=workers)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for _ in run.epochs(3):
+            for batch in loader:
+                learn(run, model, optimizer, batch / 10)
+            settings["noise"] *= 0.5
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=12)
 
 
 def test_what_is_large_in_an_object_that_a_sampler_holds_is_not_carried() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import enum
 import pickle
 import random
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -288,23 +289,34 @@ class Mode(enum.Enum):
 
 
 class Moody(nn.Linear):
-    def __init__(self) -> None:
+    def __init__(self, kind: type[enum.Enum]) -> None:
         super().__init__(2, 2)
-        self.mode = Mode.EASY
+        self.mode = kind(1)
 
 
 def test_a_member_of_an_enumeration_in_a_module_is_left_as_it_is() -> None:
     """It is one object for all: what a module holds of it must not be written into another member."""
 
-    def train(run: Any, DataLoader: Any) -> None:
-        model = Moody()
-        run.register(model=model)
-        for _ in run.steps(4):
-            model.mode = Mode.HARD
-            run.step()
+    class Local(enum.Enum):
+        EASY = 1
+        HARD = 2
 
-    assert cut(train, (1, 2, 3)).stopped_at == [1, 2, 3]
-    assert [mode.value for mode in Mode] == [1, 2]
+    def training_with(kind: type[enum.Enum]) -> Any:
+        def train(run: Any, DataLoader: Any) -> int:
+            model = Moody(kind)
+            run.register(model=model)
+            for n in run.steps(4):
+                if n == 0:
+                    model.mode = kind(2)
+                run.step()
+            return int(model.mode.value)
+
+        return train
+
+    for kind in (Mode, Local):
+        assert cut(training_with(kind), (1, 2, 3)).stopped_at == [1, 2, 3]
+        assert [mode.value for mode in kind] == [1, 2]
+    assert cut(training_with(Mode), (1, 2, 3)).result == 2
 
 
 def test_a_copy_that_is_not_registered_is_refused() -> None:
@@ -699,6 +711,49 @@ def test_arrays_deques_and_objects_in_modules_that_have_changed() -> None:
         return digest(model.state_dict())
 
     sweep(train, 10)
+
+
+class Size(NamedTuple):
+    width: float
+    name: str
+
+
+class Settings(dict):
+    """Settings whose keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    value: float
+
+
+def test_values_of_all_kinds_in_modules_are_exact_at_every_cut() -> None:
+    """Members, named tuples, dicts and frozen data classes of the user's, defaultdicts, dtypes, bytes: as they were."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model: Any = nn.Sequential(nn.Linear(3, 1))
+        model.mode, model.size, model.settings = Mode.EASY, Size(1.0, "a"), Settings(noise=1.0)
+        model.strength, model.seen = Strength(1.0), collections.defaultdict(int)
+        model.dtype, model.code, model.known = torch.float32, b"ab", frozenset({1})
+        optimizer = optim.SGD(model.parameters(), lr=1e-3)
+        run.register(model=model, optimizer=optimizer)
+        step = updating(model, optimizer)
+        for n in run.steps(8):
+            numbers = [model.mode.value, model.size.width, model.settings.noise, model.strength.value]
+            numbers += [model.seen["steps"], model.code[0], max(model.known)]
+            run.step(loss=step(n, (torch.randn(4, 3) + sum(numbers) / 9).to(model.dtype).float()))
+            if n == 2:
+                model.mode, model.dtype = Mode.HARD, torch.bfloat16
+            model.size = model.size._replace(width=model.size.width / 2)
+            model.settings["noise"] *= 0.5
+            model.strength = Strength(model.strength.value * 0.5)
+            model.seen["steps"] += 1
+            model.code, model.known = model.code[::-1], frozenset({n})
+        return digest(model.state_dict()), type(model.settings).__name__, type(model.size).__name__
+
+    cut_everywhere(train, least=8)
 
 
 def test_an_object_in_a_module_that_has_opened_a_file_is_left_alone() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import enum
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -383,10 +385,10 @@ def test_an_optimizer_that_differs_is_refused(other: Any) -> None:
 
 
 def test_a_checkpoint_that_cannot_hold_a_value_is_refused() -> None:
-    """NumPy arrays in `run.state` could not be opened with weights_only: the path and the type are named."""
+    """NumPy arrays of text in `run.state` could not be opened with weights_only: the path and the type are named."""
 
     def train(run: Any, DataLoader: Any) -> None:
-        run.state["scores"] = [np.float64(2.0), np.zeros(2)]
+        run.state["scores"] = [np.float64(2.0), np.array(["a"])]
         for _ in run.steps(3):
             pass
 
@@ -425,6 +427,73 @@ def test_numbers_of_numpy_stay_what_they_are(tmp_path: Path) -> None:
     cut(train, (2,), dir=tmp_path)
     file = next((tmp_path / "checkpoints").glob("step-*/rank-00000.pt"))
     assert torch.load(file, weights_only=True)["state"]["kinds"]["float32"] == (1.0, "text")
+
+
+class Played(NamedTuple):
+    number: int
+    gain: torch.Tensor
+
+
+class Settings(dict):
+    """Settings whose keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Phase(enum.Enum):
+    WARM = "warm"
+    COLD = "cold"
+
+
+def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
+    """In `run.state` and in what a state_dict() returns: a replay memory, counts by key, arrays, members, settings."""
+
+    class Buffer:
+        def __init__(self) -> None:
+            self.items: Any = collections.deque(maxlen=3)
+
+        def state_dict(self) -> Any:
+            return {"items": self.items}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.items = state["items"]
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        buffer, known = Buffer(), collections.deque([Played(-1, torch.zeros(2))], maxlen=4)
+        run.register(buffer=buffer)
+        state = run.state
+        state.setdefault("memory", known)
+        state.setdefault("again", [state["memory"]])
+        for name, value in {
+            "counts": collections.defaultdict(int),
+            "sums": np.zeros(3),
+            "phase": Phase.WARM,
+            "settings": Settings(noise=1.0),
+            "seen": frozenset({0}),
+        }.items():
+            state.setdefault(name, value)
+        array = state["sums"]
+        for n in run.steps(8):
+            x = torch.randn(2)
+            state["memory"].append(Played(n, x))
+            buffer.items.append((n, x.numpy()))
+            state["counts"][n % 3] += 1
+            array[n % 3] += x.sum().item()
+            state["seen"] |= {n}
+            state["settings"]["noise"] *= 0.5
+            if n == 4:
+                state["phase"] = Phase.COLD
+            about = [state["counts"][1], array.sum(), sorted(state["seen"]), state["phase"].value]
+            about += [state["settings"].noise, *(float(one.gain.sum()) for one in state["memory"])]
+            run.step(about=str(about), kept=str([(number, one.sum()) for number, one in buffer.items]))
+        assert state["again"][0] is state["memory"] and state["memory"].maxlen == 4 and array is state["sums"]
+        return [type(state[name]).__name__ for name in state], type(state["memory"][0]).__name__
+
+    trained = sweep(train, 8)
+    assert trained.result[0] == ["deque", "list", "defaultdict", "ndarray", "Phase", "Settings", "frozenset"]
+    cut(train, (2,), dir=tmp_path)
+    file = next((tmp_path / "checkpoints").glob("step-*/rank-00000.pt"))
+    assert torch.load(file, weights_only=True)["state"]["phase"] == "COLD"
 
 
 def test_state_that_no_checkpoint_can_hold_is_refused_at_the_first_step() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import math
 from pathlib import Path
@@ -577,6 +578,56 @@ class Decaying(torch.optim.Optimizer):
         self.average = 0.9 * self.average + norm
         for parameter in self.listed:
             parameter.sub_(0.1 * parameter.grad / self.count / (1 + self.average))
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps another one, as some published do: it does not call torch's __init__, or has a state_dict() of its own form."""
+
+    def __init__(self, inner: torch.optim.Optimizer, form: str) -> None:
+        self.inner, self.form, self.turns = inner, form, 0
+        if form == "own":
+            super().__init__([p for group in inner.param_groups for p in group["params"]], {"lr": 0.1})
+        else:
+            self.param_groups, self.defaults, self.state = (
+                inner.param_groups,
+                inner.defaults,
+                collections.defaultdict(dict),
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+        self.turns += 1
+        for parameter in self.param_groups[0]["params"]:
+            slow = self.state[parameter].setdefault("slow", parameter.clone())
+            if self.turns % 3 == 0:
+                slow += 0.5 * (parameter - slow)
+                parameter.copy_(slow)
+
+    def state_dict(self) -> Any:
+        return {"base": self.inner.state_dict()} if self.form == "own" else self.inner.state_dict()
+
+    def load_state_dict(self, state: Any) -> None:
+        self.inner.load_state_dict(state["base"] if self.form == "own" else state)
+
+
+@pytest.mark.parametrize("form", ["own", "inner"])
+def test_an_optimizer_whose_state_dict_is_not_all_of_its_state(form: str) -> None:
+    """Its form is another one, or it is the inner one's; nor has it called torch's __init__."""
+
+    def make(model: nn.Module) -> Any:
+        optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), form)
+
+        def step(n: int, x: torch.Tensor) -> torch.Tensor:
+            loss: torch.Tensor = model(x).square().mean()
+            optimizer.inner.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return {"optimizer": optimizer}, step
+
+    sweep(training(make), STEPS, quick=True)
 
 
 def test_attributes_of_an_own_optimizer() -> None:

@@ -11,20 +11,19 @@ import enum
 import marshal
 import types
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
-from chainrun.checkpoint import state
+from chainrun.checkpoint import kinds, state
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.sharded import map_tensors
 from chainrun.errors import RegisterError
 from chainrun.owned import is_users_own
 
-_SCALARS = (bool, int, float, str, type(None))
+_SCALARS = (bool, int, float, str, type(None), bytes, torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, dict, OrderedDict, Counter, set)
 _WIDTH = 4096  # a longer container is state only if it holds numbers and strings alone
 _TORCHS_OWN = vars(torch.nn.Module()).keys() - {"training"}
@@ -43,11 +42,17 @@ class _Built:
     """What a place held when the module was registered."""
 
     def __init__(self, value: Any) -> None:
-        self.mark = _mark(_plain(value))
+        self.tree = _split(value)
+        self.mark = _mark(self.tree.pop(""))
         # a tensor may be large; a list costs nothing that its mark does not
         self._object: Callable[[], Any] = (
             weakref.ref(value) if isinstance(value, torch.Tensor) else lambda: value
         )
+
+    def value(self) -> Any:
+        """Return it as it was, if it is plain."""
+        assert isinstance(self.mark, bytes)
+        return kinds.join({"": marshal.loads(self.mark), **self.tree})[""]
 
     def is_replaced_by(self, value: Any) -> bool:
         return self._object() is not value
@@ -61,35 +66,12 @@ def _mark(value: Any) -> bytes | str:
         return fingerprint(value)
 
 
-def _kind_of(value: Any) -> list[Any] | None:
-    """Return what a value is that a checkpoint holds as something else, with what it takes to make it again."""
-    if type(value) is deque:
-        return ["deque", value.maxlen]
-    if type(value) is np.ndarray:
-        return ["array"]
-    return ["number"] if isinstance(value, np.generic) else None
-
-
-def _plain(value: Any) -> Any:
-    """Return what a checkpoint holds in a value's place: of a deque a list, of an array a tensor."""
-    kind = _kind_of(value)
-    if kind is None:
-        return value
-    if kind[0] == "deque":
-        return list(value)
+def _split(value: Any) -> dict[str, Any]:
+    """Return what a checkpoint holds in a value's place, and beside it the kinds: see `kinds.split`."""
     try:
-        return torch.from_numpy(np.array(value))
-    except (TypeError, ValueError):  # of strings, dates, objects
-        return _OTHER
-
-
-def _made(kind: list[Any] | None, plain: Any) -> Any:
-    """Return the value of that kind."""
-    if kind is None:
-        return plain
-    if kind[0] == "deque":
-        return deque(plain, kind[1])
-    return plain.numpy() if kind[0] == "array" else plain.numpy()[()]
+        return {"": value} if _is_state(value) else kinds.split({"": value})
+    except RecursionError:  # it holds itself
+        return {"": value}
 
 
 def _owner_of(hook: Any) -> Any:
@@ -168,10 +150,10 @@ class Attributes:
         return ((place, one) for place, one in found if one is not _OTHER or place != path)
 
     def _in_object(self, path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
-        if _is_state(_plain(value)):
+        if _is_state(_split(value)[""]):
             yield path, value
-        elif isinstance(value, enum.Enum):
-            return  # what it holds is its class's, and no file
+        elif isinstance(value, enum.Enum):  # of a class that is made in a function
+            return
         elif not depth or not _is_followed(value):
             yield path, _OTHER
         elif id(value) not in seen:
@@ -193,9 +175,10 @@ class Attributes:
     def changed(self) -> dict[str, Any]:
         """Return what is not as it was, by its place; where another object has come; the kinds of device."""
         values: dict[str, Any] = {}
-        replaced, devices, kinds = [], {}, {}
+        replaced, devices, places = [], {}, {}
         for path, value in self._here().items():
-            built, plain = self._built.get(path), _plain(value)
+            built, tree = self._built.get(path), _split(value)
+            plain = tree.pop("")
             if (built is not None and built.mark == _mark(plain)) or not _can_be_saved(plain):
                 continue
             # an activation that is kept: its value, without what it was computed from
@@ -203,9 +186,9 @@ class Attributes:
             if built is None or built.is_replaced_by(value):
                 replaced.append(path)
             devices[path] = _device_of(plain).type
-            if kind := _kind_of(value):
-                kinds[path] = kind
-        return {"values": values, "replaced": replaced, "devices": devices, "kinds": kinds}
+            if tree:
+                places[path] = tree
+        return {"values": values, "replaced": replaced, "devices": devices, "kinds": places}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Set what `changed` returned, and what had not changed then to what it was when this one was built."""
@@ -213,32 +196,19 @@ class Attributes:
         for path, value in saved["values"].items():
             live = here.get(path, _ABSENT)
             placed = self._placed(value, live, saved["devices"][path])
-            placed = _made(saved.get("kinds", {}).get(path), placed)
+            placed = kinds.join({"": placed, **state.copied(saved["kinds"].get(path, {}))})[""]
             self._set(path, _ABSENT if path in saved["replaced"] else live, placed)
         for path, live in here.items():
             built = self._built.get(path)
             if path in saved["values"] or built is None or isinstance(built.mark, str):
                 continue  # one with tensors in it may share their memory with a weight, and is left
-            if built.mark != _mark(_plain(live)):
-                self._set(path, live, _made(_kind_of(live), marshal.loads(built.mark)))
+            if built.mark != _mark(_split(live)[""]):
+                self._set(path, live, built.value())
 
     def _set(self, path: str, live: Any, value: Any) -> None:
         """Set an attribute, in place where `live` may be known to others too."""
-        alike = type(live) is type(value)
-        if alike and isinstance(value, torch.Tensor) and _fits(live, value):
-            with torch.no_grad():
-                live.copy_(value)  # it may be a view
-        elif alike and isinstance(value, np.ndarray) and _fits(live, value) and live.flags.writeable:
-            live[...] = value
-        elif alike and isinstance(value, deque) and live.maxlen == value.maxlen:
-            live.clear()
-            live.extend(value)
-        elif alike and isinstance(value, (dict, list)):
-            state.refill(live, value)
-        elif alike and isinstance(value, set):
-            live.clear()
-            live.update(value)
-        else:
+        new = state.refilled(live, value)
+        if new is not live:
             where, _, name = path.rpartition(".")
             owner: Any = self._module
             for part in where.strip(".").split("."):
@@ -247,7 +217,7 @@ class Attributes:
                 else:
                     owner = getattr(owner, part, None) if part else owner
             if owner is not None:  # an object that the training makes is made by it again
-                setattr(owner, name, value)
+                state.set_attribute(owner, name, new)
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         return list(self._module.parameters())
@@ -293,12 +263,6 @@ class OfOptimizer(Attributes):
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         return (tensor for group in self._module.param_groups for tensor in group["params"])
-
-
-def _fits(live: Any, value: Any) -> bool:
-    """Whether a tensor, or an array, has room for another one's content."""
-    layouts = [getattr(one, "layout", None) for one in (live, value)]
-    return (live.shape, live.dtype) == (value.shape, value.dtype) and layouts[0] == layouts[1]
 
 
 def _device_of(value: Any) -> torch.device:

@@ -43,6 +43,11 @@ _MAKE_IT_SO = (
     "make the same change before run.register(...) too, where run.epoch or run.global_step, which are restored by "
     "then, tell that it was done"
 )
+_HOOKS = {
+    f"_optimizer_{which}_hooks"
+    for which in ("step_post", "state_dict_pre", "state_dict_post", "load_state_dict_post")
+}
+_BY_TORCH = "chainrun: by torch's own method"  # the key that tells of an optimizer with other methods
 _MARK = "_chainrun_mark"  # the attribute of a registered module
 
 
@@ -200,6 +205,8 @@ class _Optimizer:
         self._restored: dict[
             int, dict[str, Any]
         ] = {}  # what it has been given at `register`, by its parameters' numbers
+        if not vars(optimizer).keys() >= _HOOKS:
+            _complete(name, optimizer)
         self.gradients = Gradients(name, lambda: self.parameters)
         self._attributes = OfOptimizer(optimizer)
         optimizer.register_step_post_hook(lambda *_: self.gradients.mark())
@@ -257,7 +264,13 @@ class _Optimizer:
         return getattr(thing, "optimizer", None) is self._optimizer
 
     def state_dict(self) -> Any:
-        return self._optimizer.state_dict()
+        """Return what its state_dict() does or, where that is of a form of its own, what torch's would."""
+        found = self._optimizer.state_dict()
+        if isinstance(found, dict) and {"state", "param_groups"} <= found.keys():
+            states = [self._optimizer.state.get(parameter, {}) for parameter in self.parameters]
+            if all(found["state"].get(n, {}).keys() == state.keys() for n, state in enumerate(states)):
+                return found
+        return {**torch.optim.Optimizer.state_dict(self._optimizer), _BY_TORCH: True}
 
     def groups(self, names: dict[int, str]) -> list[list[str | None]]:
         """Return the names of the parameters of each group, None where nobody knows one."""
@@ -292,7 +305,11 @@ class _Optimizer:
         try:
             with warnings.catch_warnings():  # the real part of complex state; all of it comes back below
                 warnings.filterwarnings("ignore", "Casting complex values")
-                optimizer.load_state_dict(copied(state, self._restored_again(state)))
+                copy = copied(state, self._restored_again(state))
+                if copy.pop(_BY_TORCH, False):
+                    torch.optim.Optimizer.load_state_dict(optimizer, copy)
+                else:
+                    optimizer.load_state_dict(copy)
         except (ValueError, KeyError) as error:
             raise RestoreError(
                 f"the optimizer '{self._name}' is not the one that was saved: {error}"
@@ -326,6 +343,24 @@ class _Optimizer:
                     with torch.no_grad():
                         found[id(saved)] = live.copy_(saved)
         return found
+
+
+def _complete(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer whose __init__ does not call torch's what that would: hooks, and a step() that calls them.
+
+    Raises:
+        RegisterError: it lacks more than that.
+    """
+    try:
+        torch.optim.Optimizer.__setstate__(optimizer, {})  # as when one is unpickled
+        missing = [each for each in ("param_groups", "state") if not hasattr(optimizer, each)]
+    except AttributeError as error:
+        missing = [str(error)]
+    if missing:
+        raise RegisterError(
+            f"register({name}=...) was given a {type(optimizer).__name__} whose __init__ does not call "
+            f"super().__init__(params, defaults) and that has not all that torch needs ({', '.join(missing)}): call it"
+        )
 
 
 def _is_plain(value: Any) -> bool:

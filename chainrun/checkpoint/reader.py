@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from chainrun.checkpoint import image, numpys, replicas
+from chainrun.checkpoint import image, kinds, replicas
 from chainrun.checkpoint.ahead import Ahead, files_of
 from chainrun.checkpoint.store import Committed
 
@@ -25,4 +25,4 @@ def read(checkpoint: Committed, rank: int, ahead: Ahead | None = None) -> dict[s
         path = memory or checkpoint.path / name
         trees.append(image.read(path, stated["size"], stated["xxh3_128"]))
     tree, *first = trees
-    return numpys.join(replicas.join(tree, *first) if first else tree)
+    return kinds.join(replicas.join(tree, *first) if first else tree)

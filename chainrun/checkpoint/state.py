@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
-from collections import Counter, OrderedDict
-from typing import Any
+from collections import Counter, OrderedDict, deque
+from multiprocessing.sharedctypes import Synchronized
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+from chainrun.checkpoint import kinds
 from chainrun.errors import RegisterError
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
@@ -95,42 +99,87 @@ def copied(tree: Any, known: dict[int, Any] | None = None) -> Any:
         known: copies of some of what is in it, by the id of what they are copies of.
     """
     memo = {} if known is None else known
-    _clone_compressed(tree, memo)
+    _copy_others(tree, memo)
     return copy.deepcopy(tree, memo)
 
 
-def _clone_compressed(tree: Any, memo: dict[int, Any]) -> None:
-    """Fill the memo of a deep copy with the tensors that torch cannot deep-copy: CSR and its kin."""
+def _copy_others(tree: Any, memo: dict[int, Any]) -> None:
+    """Fill the memo of a deep copy with what has no such copy: CSR tensors and their kin, dicts by attributes."""
     if isinstance(tree, torch.Tensor):
         if tree.layout not in (torch.strided, torch.sparse_coo):
             memo[id(tree)] = tree.clone()
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            _clone_compressed(value, memo)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            _clone_compressed(value, memo)
+    elif isinstance(tree, (dict, list, tuple, deque)):
+        for value in dict.values(tree) if isinstance(tree, dict) else tree:
+            _copy_others(value, memo)
+        if base := kinds.base_of(type(tree)):
+            content = base(dict.items(tree) if isinstance(tree, dict) else tree)
+            memo[id(tree)] = kinds.made_of(str(kinds.named(type(tree))), copy.deepcopy(content, memo))
 
 
-def refill(live: Any, saved: Any) -> None:
-    """Give a dict or list the content that was saved, in place: the function may hold on to what is inside."""
-    if isinstance(live, dict):
-        content: Any = {key: _refilled(live.get(key), value) for key, value in saved.items()}
+class Shared(NamedTuple):
+    """What a number has been that processes share (`multiprocessing.Value`), which is never made anew."""
+
+    value: Any
+
+
+def refilled(live: Any, value: Any) -> Any:
+    """Return what has the content of `value`, the same objects as far as that is possible: a function holds on to them.
+
+    Args:
+        value: of nobody else.
+    """
+    if type(value) is Shared:
+        if isinstance(live, Synchronized):
+            live.value = value.value
+        return live
+    if type(live) is not type(value) or live is value:
+        return value
+    if isinstance(live, torch.Tensor):
+        if not (_is_alike(live, value) and live.layout == value.layout):
+            return value
+        with torch.no_grad():
+            live.copy_(value)  # it may be a view
+    elif isinstance(live, np.ndarray):
+        if not (_is_alike(live, value) and live.flags.writeable):
+            return value
+        live[...] = value
+    elif isinstance(live, dict):
+        content = {key: refilled(dict.get(live, key), one) for key, one in dict.items(value)}
         live.clear()  # the order of the keys is content too
         live.update(content)
+    elif isinstance(live, list):
+        live[:] = _items(live, value)
+    elif type(live) is tuple:
+        items = _items(live, value)
+        same = len(live) == len(items) and all(old is new for old, new in zip(live, items, strict=True))
+        return live if same else tuple(items)
+    elif isinstance(live, set):
+        live.clear()
+        live.update(value)
+    elif isinstance(live, deque) and live.maxlen == value.maxlen:
+        items = _items(live, value)
+        live.clear()
+        live.extend(items)
     else:
-        live[:] = [_refilled(live[n] if n < len(live) else None, value) for n, value in enumerate(saved)]
+        return value
+    return live
 
 
-def _refilled(live: Any, saved: Any) -> Any:
-    if isinstance(live, torch.Tensor) and isinstance(saved, torch.Tensor):
-        if (live.shape, live.dtype) == (saved.shape, saved.dtype):
-            with torch.no_grad():
-                return live.copy_(saved)
-    elif type(live) is type(saved) and isinstance(live, (dict, list)):
-        refill(live, saved)
-        return live
-    return copied(saved)
+def _is_alike(live: Any, value: Any) -> bool:
+    return (live.shape, live.dtype) == (value.shape, value.dtype)
+
+
+def _items(live: Any, value: Any) -> list[Any]:
+    old = [*live]
+    return [refilled(old[n] if n < len(old) else None, one) for n, one in enumerate(value)]
+
+
+def set_attribute(owner: Any, name: str, value: Any) -> None:
+    """Set an attribute, of a frozen data class too."""
+    try:
+        setattr(owner, name, value)
+    except dataclasses.FrozenInstanceError:
+        object.__setattr__(owner, name, value)
 
 
 def nbytes(tree: Any) -> int:

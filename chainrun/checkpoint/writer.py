@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from chainrun.checkpoint import image, numpys, replicas, sharded, state
+from chainrun.checkpoint import image, kinds, replicas, sharded, state
 from chainrun.checkpoint.layout import Planner
 from chainrun.checkpoint.store import FORMAT, MANIFEST, Committed, Store, rank_file, seal
 from chainrun.errors import CheckpointError, DiskFullError, RegisterError
@@ -65,7 +65,7 @@ def ready(tree: dict[str, Any]) -> Ready:
         try:
             _check(rest)
         except RegisterError:
-            rest = numpys.split(rest)
+            rest = kinds.split(rest)
             _check(rest)
         return Ready(rest, shards)
     except RecursionError:

@@ -42,7 +42,12 @@ def is_stateful(value: Any) -> bool:
         return False
     if _is_chainruns(value):
         return False
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+    try:
+        return callable(getattr(value, "state_dict", None)) and callable(
+            getattr(value, "load_state_dict", None)
+        )
+    except Exception:  # ``__getattr__ = dict.__getitem__``: a KeyError
+        return False
 
 
 def find(*roots: Any, generators_only: bool = False) -> list[Carrier]:
@@ -95,7 +100,12 @@ def _is_chainruns(value: Any) -> bool:
 
 
 def fields(value: Any) -> list[tuple[str, Any]]:
-    """Return an object's own attributes, those in slots too."""
+    """Return an object's own attributes, those in slots too; of a function also what it is given when it is made."""
+    if isinstance(value, types.FunctionType):
+        return [*vars(value).items(), *_given(value)]
+    if isinstance(value, functools.partial):
+        named = [("func", value.func), *((f"argument {n}", one) for n, one in enumerate(value.args))]
+        return [*named, *((f"keyword {name}", one) for name, one in value.keywords.items())]
     slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
     named = [(name, getattr(value, name)) for name in slots if not name.startswith("__")]
     return [*getattr(value, "__dict__", {}).items(), *named]
@@ -111,13 +121,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 def _children_of_function(function: types.FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not yet bound
-            continue
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
+    yield from (value for _, value in _given(function))
     if not _is_users(function):
         return
     names = _names(function.__code__)
@@ -128,6 +132,21 @@ def _children_of_function(function: types.FunctionType) -> Iterator[Any]:
         else:
             values = [value]
         yield from (each for each in values if isinstance(each, (*rng.GENERATORS, *FUNCTIONS)))
+
+
+def _given(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the variables from around a function and the defaults of its arguments, by their names."""
+    code = function.__code__
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not yet bound
+            continue
+    defaults = function.__defaults__ or ()
+    yield from zip(
+        code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount], defaults, strict=True
+    )
+    yield from (function.__kwdefaults__ or {}).items()
 
 
 @functools.cache

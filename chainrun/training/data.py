@@ -479,9 +479,14 @@ class Chain:
         if place and running and not (running.resumed and running.handed_out == place["drawn"][0]):
             running.resume()
         self.set_snapshot(saved)
-        where = f"the loader '{self.name}'"
-        contents.check(self._carriers(), carried.from_plain(saved["carried"]), where)
-        return [f"{where}: {line}" for line in self._fills.changed(saved.get("large", {}))]
+        where, carriers, states = (
+            f"the loader '{self.name}'",
+            self._carriers(),
+            carried.from_plain(saved["carried"]),
+        )
+        contents.check(carriers, states, where)
+        lines = (*self._fills.changed(saved.get("large", {})), *contents.replaced(carriers, states))
+        return [f"{where}: {line}" for line in lines]
 
 
 def bind(

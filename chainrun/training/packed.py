@@ -1,30 +1,34 @@
 """Plain values in the form that is saved: numbers, strings, and lists, tuples, dicts, sets, deques, arrays and tensors.
 
-Also named tuples, the dicts of `collections`, and numbers that processes share (`multiprocessing.Value`).
+Also named tuples, the dicts of `collections`, members of enumerations, and numbers that processes share
+(`multiprocessing.Value`).
 """
 
 from __future__ import annotations
 
+import enum
 import os
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from itertools import chain, islice
 from multiprocessing.sharedctypes import Synchronized
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from chainrun.errors import RestoreError
+from chainrun.checkpoint import kinds
+from chainrun.checkpoint.kinds import FACTORIES
+from chainrun.checkpoint.state import Shared
 
 LARGE = 64 * 1024  # bytes of one value, above which it is data rather than state
 _NUMBERS = (bool, int, float, type(None))
+_NAMES = (torch.dtype, torch.device)  # which are told from others by what they are called
 _DEPTH = 6  # of containers in containers
 _SAMPLE = 256
 _DICTS = {kind.__name__: kind for kind in (dict, Counter, OrderedDict)}
-_SIMPLE = (list, tuple, set, deque, *_DICTS.values())
-_FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, set, deque, Counter)}
+_SETS = {kind.__name__: kind for kind in (set, frozenset)}
+_SIMPLE = (list, tuple, deque, *_SETS.values(), *_DICTS.values())
 
 
 def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
@@ -32,14 +36,14 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
     kind = type(value)
     if kind in _NUMBERS:
         return 8 if kind is not int or value.bit_length() < 2000 else None
-    if kind is str:
+    if kind in (str, bytes):
         return 8 + len(value)
+    if kind in _NAMES or kinds.is_member(value):
+        return 8
     if kind is torch.Tensor and value.layout is torch.strided and not value.is_nested:
         return int(value.nbytes)
-    if isinstance(value, (np.ndarray, np.generic)) and kind is not np.memmap:
-        if value.dtype.kind not in "biufc" or not value.dtype.isnative:
-            return None
-        return int(value.nbytes)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return int(value.nbytes) if kinds.is_plain_array(value) else None
     if kind is Synchronized:
         return 8 if type(value.value) in _NUMBERS else None
     if not _is_container(value, depth) or not depth:
@@ -62,29 +66,13 @@ def _is_container(value: Any, depth: int) -> bool:
     """Whether it can be made again: of a defaultdict inside of another value, also what makes its values."""
     kind = type(value)
     if kind is defaultdict:
-        return depth == _DEPTH or value.default_factory in (None, *_FACTORIES.values())
-    return kind in _SIMPLE or (_is_named(value) and _class_of(_name_of(kind)) is kind)
-
-
-def _is_named(value: Any) -> bool:
-    """Whether it is a named tuple."""
-    return isinstance(value, tuple) and hasattr(type(value), "_fields")
-
-
-def _name_of(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _class_of(name: str) -> Any:
-    module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module)
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return found
+        return depth == _DEPTH or value.default_factory in (None, *FACTORIES.values())
+    named = kinds.is_named_tuple(value) and kinds.named(kind)
+    return kind in _SIMPLE or bool(named or kinds.base_of(kind))
 
 
 def _items(value: Any) -> Iterator[Any]:
-    return chain(value.keys(), value.values()) if isinstance(value, dict) else iter(value)
+    return chain(dict.keys(value), dict.values(value)) if isinstance(value, dict) else iter(value)
 
 
 def some(value: Any) -> Iterator[Any]:
@@ -92,7 +80,7 @@ def some(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         return chain(islice(value.items(), _SAMPLE), islice(reversed(value.items()), _SAMPLE))
     step = max(1, len(value) // _SAMPLE)
-    if isinstance(value, set):
+    if isinstance(value, (set, frozenset)):
         return iter(())
     return islice(value, 0, None, step) if isinstance(value, deque) else iter(value[::step])
 
@@ -104,7 +92,7 @@ def sample(value: Any) -> Any:
         return [list(value.shape), flat[:: max(1, flat.numel() // 1024)]]
     if isinstance(value, np.ndarray):
         return [list(value.shape), value.reshape(-1)[:: max(1, value.size // 1024)]]
-    if isinstance(value, (list, tuple, dict, set, deque)):
+    if isinstance(value, (list, tuple, dict, set, frozenset, deque)):
         return [len(value), *map(sample, some(value))]
     return value
 
@@ -128,17 +116,23 @@ def pack(value: Any) -> Any:
         return {"scalar": torch.from_numpy(np.asarray(value))}
     if isinstance(value, Synchronized):
         return {"shared": value.value}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}  # no file holds empty ones
+    if isinstance(value, enum.Enum):
+        return {"member": [kinds.named(type(value)), value.name]}
+    if base := kinds.base_of(type(value)):
+        return {"own": [kinds.named(type(value)), pack(base(base.items(value) if base is dict else value))]}
     if isinstance(value, dict):
         content = [[pack(key) for key in value], [pack(one) for one in value.values()]]
         if isinstance(value, defaultdict):
             return {"defaultdict": [getattr(value.default_factory, "__name__", ""), *content]}
         return {type(value).__name__: content}
-    if isinstance(value, set):
-        return {"set": sorted(map(pack, value), key=repr)}
+    if isinstance(value, (set, frozenset)):
+        return {type(value).__name__: sorted(map(pack, value), key=repr)}
     if isinstance(value, deque):
         return {"deque": [value.maxlen, *map(pack, value)]}
-    if _is_named(value):
-        return {"named": [_name_of(type(value)), *map(pack, value)]}
+    if kinds.is_named_tuple(value):
+        return {"named": [kinds.named(type(value)), *map(pack, value)]}
     if isinstance(value, (list, tuple)):
         short = _is_of_short_integers(value)
         return {type(value).__name__: torch.tensor(value) if short else [pack(one) for one in value]}
@@ -156,7 +150,7 @@ def unpack(packed: Any) -> Any:
     """Return a value of its own that `pack` was given.
 
     Raises:
-        RestoreError: there is no such class of named tuples.
+        RestoreError: there is no such class of named tuples, or of an enumeration.
     """
     if isinstance(packed, torch.Tensor):
         return packed.clone()
@@ -168,30 +162,25 @@ def unpack(packed: Any) -> Any:
     if kind == "scalar":
         return inner.numpy()[()]
     if kind == "shared":
-        return _Shared(inner)
+        return Shared(inner)
     if kind in _DICTS:
         return _DICTS[kind](dict(zip(map(unpack, inner[0]), map(unpack, inner[1]), strict=True)))
     if kind == "defaultdict":
         return defaultdict(
-            _FACTORIES.get(inner[0]), zip(map(unpack, inner[1]), map(unpack, inner[2]), strict=True)
+            FACTORIES.get(inner[0]), zip(map(unpack, inner[1]), map(unpack, inner[2]), strict=True)
         )
     if kind == "named":
-        made = _class_of(inner[0])
-        if made is None:
-            raise RestoreError(
-                f"a checkpoint holds a named tuple of the class {inner[0]}, which is not there any more"
-            )
-        return made(*map(unpack, inner[1:]))
+        return kinds.class_of(inner[0])(*map(unpack, inner[1:]))
+    if kind == "member":
+        return kinds.class_of(inner[0])[inner[1]]
+    if kind == "own":
+        return kinds.made_of(inner[0], unpack(inner[1]))
+    if kind == "bytes":
+        return bytes.fromhex(inner)
     if kind == "deque":
         return deque(map(unpack, inner[1:]), inner[0])
     items = inner.tolist() if isinstance(inner, torch.Tensor) else map(unpack, inner)
-    return {"list": list, "tuple": tuple, "set": set}[kind](items)
-
-
-class _Shared(NamedTuple):
-    """What a number has been that processes share, which is never made anew."""
-
-    value: Any
+    return {"list": list, "tuple": tuple, **_SETS}[kind](items)
 
 
 def is_large_container(value: Any) -> bool:
@@ -199,38 +188,6 @@ def is_large_container(value: Any) -> bool:
     if not _is_container(value, _DEPTH):
         return False
     return 8 * len(value) > LARGE or (size_of(value, LARGE) or 0) > LARGE
-
-
-def refilled(live: Any, value: Any) -> Any:
-    """Return what has the content of `value`, the same objects as far as that is possible."""
-    if type(value) is _Shared:
-        if isinstance(live, Synchronized):
-            live.value = value.value
-        return live
-    if type(live) is not type(value) or _is_named(value):
-        return value
-    if isinstance(live, (np.ndarray, torch.Tensor)) and (live.shape, live.dtype) == (
-        value.shape,
-        value.dtype,
-    ):
-        live[...] = value
-    elif isinstance(live, (list, tuple)):
-        known = [*live[: len(value)], *[None] * (len(value) - len(live))]
-        items = [refilled(old, new) for old, new in zip(known, value, strict=True)]
-        if isinstance(live, list):
-            live[:] = items
-        elif len(live) != len(items) or any(old is not new for old, new in zip(live, items, strict=True)):
-            return tuple(items)
-    elif isinstance(live, dict):
-        content = {key: refilled(live.get(key), one) for key, one in value.items()}
-        live.clear()
-        live.update(content)
-    elif isinstance(live, set):
-        live.clear()
-        live.update(value)
-    else:
-        return value
-    return live
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -155,7 +155,7 @@ class Run:
         """The function has come to the place of the checkpoint: from here on it is the same training."""
         saved, lines = self._registry.go_on()
         turns.check(saved.get("turns", {}), self._diagnosis.turns)
-        state.refill(self.state, saved["state"])
+        state.refilled(self.state, state.copied(saved["state"]))
         self.global_step, self.epoch = saved["global_step"], saved["epoch"]
         self._gone_on = time.monotonic()
         rng.restore(rng.from_tensors(saved["rng"]))

@@ -1,0 +1,215 @@
+"""What a state holds besides torch's and Python's plainest: NumPy's numbers and arrays, deques, named tuples, enumerations.
+
+A learning rate from `np.linspace`, a best value from `np.mean`, a replay memory. But a file that plain
+``torch.load(weights_only=True)`` opens holds none. So what comes nearest is in their places: a number, a tensor, a
+list, a dict, a name. Beside them is said where, and of which kinds they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import enum
+import importlib
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from chainrun.errors import RestoreError
+from chainrun.owned import is_users_own
+
+PLACES = "numpys"
+"""The key in a rank's tree."""
+
+FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, set, deque, Counter)}
+"""What may make the values of a defaultdict, by name."""
+_CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
+
+
+def split(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a tree without such values; what has none in it is the same object."""
+    places: list[Any] = []
+    rest: dict[str, Any] = _without(tree, (), places, {})
+    return {**rest, PLACES: places} if places else tree
+
+
+def join(tree: dict[str, Any]) -> dict[str, Any]:
+    """Put the values into a tree that `split` returned, in place.
+
+    Raises:
+        RestoreError: there is no such class of named tuples, or of an enumeration, any more.
+    """
+    made: dict[int, tuple[Any, Any]] = {}
+    for keys, kind in tree.pop(PLACES, ()):
+        _put(tree, keys, kind, made)
+    return tree
+
+
+def named(thing: Any) -> str | None:
+    """Return the name by which a class or a function is found again, None of one that is not: made in a function."""
+    # torch's builtin functions do not tell where they are
+    names = (f"{thing.__module__}:{thing.__qualname__}", f"torch:{thing.__name__}")
+    return next((name for name in names if _found(name) is thing), None)
+
+
+def class_of(name: str) -> Any:
+    """Return the class or the function that `named` gave this name.
+
+    Raises:
+        RestoreError: there is none.
+    """
+    with contextlib.suppress(ImportError):  # the function may import it only when it runs
+        importlib.import_module(name.partition(":")[0])
+    found = _found(name)
+    if found is None:
+        raise RestoreError(
+            f"a checkpoint holds a value of the class {name.replace(':', '.')}, which is not there any more: bring it back"
+        )
+    return found
+
+
+def _found(name: str) -> Any:
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def is_named_tuple(value: Any) -> bool:
+    """Whether it is a tuple of a class with names for its items."""
+    return isinstance(value, tuple) and hasattr(type(value), "_fields")
+
+
+def is_member(value: Any) -> bool:
+    """Whether it is a member of an enumeration that is found again."""
+    return (
+        isinstance(value, enum.Enum)
+        and value.name in type(value).__members__
+        and named(type(value)) is not None
+    )
+
+
+def base_of(kind: Any) -> Any:
+    """Return dict or list, if it is a class of the user's that is one, and is found again: ``cfg.lr`` for ``cfg["lr"]``."""
+    base = next((base for base in (dict, list) if issubclass(kind, base)), None)
+    return base if base is not kind and base and is_users_own(kind) and named(kind) else None
+
+
+def is_plain_array(value: Any) -> bool:
+    """Whether a NumPy array or number has content that a tensor holds."""
+    return type(value) is not np.memmap and value.dtype.kind in "biufc" and bool(value.dtype.isnative)
+
+
+def _plain(value: Any) -> tuple[Any, Any]:
+    """Return what is saved in a value's place, and its kind, from which `_made` makes it; None of all else."""
+    kind = type(value)
+    if isinstance(value, np.generic):
+        plain = value.item()
+        if type(plain) in (bool, int, float, complex):  # text, dates, numbers that Python has not
+            return plain, value.dtype.str
+    elif isinstance(value, np.ndarray):
+        if is_plain_array(value):
+            try:
+                return torch.from_numpy(np.require(value, requirements=["C", "W"])), ["array"]
+            except TypeError:  # a kind of number that torch has not
+                return None, None
+    elif kind is deque:
+        return [*value], ["deque", value.maxlen]
+    elif kind is frozenset:
+        return {*value}, ["frozenset"]
+    elif kind is defaultdict:
+        factory = getattr(value.default_factory, "__name__", None)
+        if value.default_factory is FACTORIES.get(str(factory)):
+            return dict(value), ["defaultdict", factory]
+    elif is_member(value):
+        return value.name, ["member", named(kind)]
+    elif is_named_tuple(value) and (name := named(kind)):
+        return [*value], ["named", name]
+    elif base := base_of(kind):
+        items = base.items(value) if base is dict else base.__iter__(value)
+        return base(items), ["own", named(kind)]
+    return None, None
+
+
+def _made(plain: Any, kind: Any) -> Any:
+    """Return the value of that kind."""
+    if isinstance(kind, str):
+        return np.dtype(kind).type(plain)
+    which, *about = kind
+    if which == "array":
+        return plain.numpy()
+    if which == "deque":
+        return deque(plain, about[0])
+    if which == "frozenset":
+        return frozenset(plain)
+    if which == "defaultdict":
+        return defaultdict(FACTORIES.get(about[0]), plain)
+    if which == "own":
+        return made_of(about[0], plain)
+    found = class_of(about[0])
+    return found[plain] if which == "member" else found(*plain)
+
+
+def made_of(name: str, content: Any) -> Any:
+    """Return an object of a user's class that is a dict or a list, with this content."""
+    kind = class_of(name)
+    try:
+        made = kind()
+    except TypeError:  # it wants arguments
+        made = kind.__new__(kind)
+    if isinstance(made, dict):
+        dict.clear(made)
+        dict.update(made, content)
+    else:
+        made[:] = content
+    return made
+
+
+def _without(value: Any, keys: tuple[Any, ...], places: list[Any], known: dict[int, Any]) -> Any:
+    if id(value) in known:
+        made, kind = known[id(value)]
+        if kind is not None:
+            places.append((list(keys), kind))
+        return made
+    plain, kind = _plain(value)
+    if kind is None:
+        plain = value
+    if type(plain) in _CONTAINERS:
+        plain = _without_inside(plain, keys, places, known)
+        if type(plain) is not tuple:  # which is made anew in every place that it is in
+            known[id(value)] = plain, kind
+    if kind is not None:
+        places.append((list(keys), kind))  # after what is in it
+    return plain
+
+
+def _without_inside(value: Any, keys: tuple[Any, ...], places: list[Any], known: dict[int, Any]) -> Any:
+    content = dict(value if isinstance(value, dict) else enumerate(value))
+    rest = {key: _without(one, (*keys, key), places, known) for key, one in content.items()}
+    if all(rest[key] is one for key, one in content.items()):
+        return value
+    if isinstance(value, tuple):
+        return tuple(rest.values())
+    made = copy.copy(value)
+    for key, one in rest.items():
+        made[key] = one
+    return made
+
+
+def _put(value: Any, keys: Sequence[Any], kind: Any, made: dict[int, tuple[Any, Any]]) -> Any:
+    if not keys:
+        if isinstance(value, (list, dict, torch.Tensor)):  # one object in two places stays one
+            made.setdefault(id(value), (value, _made(value, kind)))
+            return made[id(value)][1]
+        return _made(value, kind)
+    first, *rest = keys
+    new = _put(value[first], rest, kind, made)
+    if isinstance(value, tuple):
+        return (*value[:first], new, *value[first + 1 :])
+    value[first] = new
+    return value
