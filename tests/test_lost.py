@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import random
 import subprocess
 import sys
@@ -921,6 +922,70 @@ def object_of_two_names(run: Any, DataLoader: Any) -> None:
         run.log(smallest=sum(each.at_the_end(loss) for each in callbacks))
 
 
+def closure(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+
+    def counting() -> Callable[[], int]:
+        count = 0
+
+        def one_more() -> int:
+            nonlocal count
+            count += 1
+            return count
+
+        return one_more
+
+    count = counting()
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.full((2, 2), float(count())))
+
+
+class Config(dict):
+    """Its keys are attributes too."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__  # type: ignore[assignment]
+
+
+class History(list):
+    def mean(self) -> float:
+        return sum(self) / len(self) if self else 1.0
+
+
+def dict_by_attributes(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    config = Config(scale=1.0)
+    for _ in run.steps(STEPS):
+        config.scale *= 0.5
+        update(model, optimizer, torch.randn(2, 2) * config.scale)
+
+
+def list_of_a_class(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    history = History()
+    for _ in run.steps(STEPS):
+        history.append(update(model, optimizer, torch.randn(2, 2) * history.mean()).item())
+
+
+def default_of_an_argument(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+
+    def smooth(value: float, seen: list[float] = []) -> float:  # noqa: B006
+        seen.append(value)
+        return sum(seen) / len(seen)
+
+    for step in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2) * smooth(float(step)))
+
+
+def hardest_first(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    hardest: Any = queue.PriorityQueue()
+    for step in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2) * (1 + hardest.qsize()))
+        hardest.put((loss.item(), step))
+
+
 LOST = [
     (counter, "`seen` in counter() was 6 when the run was cut and is 0 here: keep it in run.state"),
     (running_average, "`average` in running_average()"),
@@ -997,6 +1062,14 @@ LOST = [
         "`scale` in scaled() was 0.5 when the run was cut and is 1.0 here",
     ),
     (attribute_of_a_class, "Scaling.by`"),
+    (closure, "`count(count)` in closure() was 3 when the run was cut and is 0 here"),
+    (
+        dict_by_attributes,
+        "`config['scale']` in dict_by_attributes() was 0.125 when the run was cut and is 1.0 here",
+    ),
+    (list_of_a_class, "`history` in list_of_a_class()"),
+    (default_of_an_argument, "`smooth(seen)` in default_of_an_argument()"),
+    (hardest_first, "`hardest` in hardest_first()"),
     (labels_of_the_model, "`labels` in labels_of_the_model()"),
 ]
 LATE = {
@@ -1029,6 +1102,25 @@ def test_a_segment_of_one_boundary_tells_as_well() -> None:
 
 
 # ---- what is not
+
+
+def sets_before_it_reads(run: Any, DataLoader: Any) -> None:
+    """A closure that sets its variable before it reads it."""
+    model, optimizer, _ = begin(run, DataLoader)
+
+    def making() -> Callable[[float], float]:
+        last = 0.0
+
+        def twice(value: float) -> float:
+            nonlocal last
+            last = 2 * value
+            return last
+
+        return twice
+
+    twice = making()
+    for step in run.steps(STEPS):
+        update(model, optimizer, torch.full((2, 2), twice(float(step))))
 
 
 def loop_variables(run: Any, DataLoader: Any) -> float:
@@ -1310,6 +1402,7 @@ def iterators(run: Any, DataLoader: Any) -> None:
 
 QUIET = [
     loop_variables,
+    sets_before_it_reads,
     clocks,
     stopwatch,
     bars_files_and_loggers,
@@ -1334,24 +1427,6 @@ def test_a_variable_that_does_not_matter_is_not_named(train: Any) -> None:
         assert told(train, cuts) == []
 
 
-def closure(run: Any, DataLoader: Any) -> None:
-    model, optimizer, _ = begin(run, DataLoader)
-
-    def counting() -> Callable[[], int]:
-        count = 0
-
-        def one_more() -> int:
-            nonlocal count
-            count += 1
-            return count
-
-        return one_more
-
-    count = counting()
-    for _ in run.steps(STEPS):
-        update(model, optimizer, torch.full((2, 2), float(count())))
-
-
 def by_epoch(run: Any, DataLoader: Any) -> float:
     model, optimizer, _ = begin(run, DataLoader)
     known: dict[int, float] = {}
@@ -1362,9 +1437,18 @@ def by_epoch(run: Any, DataLoader: Any) -> float:
     return sum(known.values()) + len(seen)
 
 
-@pytest.mark.parametrize("train", [closure, by_epoch])
+def in_a_file_of_memory(run: Any, DataLoader: Any) -> None:
+    """An object of Python's library: what it holds is its own."""
+    model, optimizer, _ = begin(run, DataLoader)
+    text = io.StringIO()
+    for _ in run.steps(STEPS):
+        text.write("a")
+        update(model, optimizer, torch.full((2, 2), float(len(text.getvalue()))))
+
+
+@pytest.mark.parametrize("train", [in_a_file_of_memory, by_epoch])
 def test_what_no_handoff_tells_of(train: Any) -> None:
-    """What cannot be told from a cache, or is reached through a function only: the documentation says so."""
+    """What cannot be told from a cache, or is what another package keeps to itself: the documentation says so."""
     assert told(train) == []
 
 

@@ -88,7 +88,7 @@ def check(tree: Any, path: str) -> None:
     elif kind not in _PLAIN:
         raise RegisterError(
             f"{path} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold; use numbers, "
-            "strings, lists, dicts and tensors (torch.from_numpy(x) of a NumPy array)"
+            "strings, lists, dicts, deques, tensors and arrays of numbers"
         )
 
 

@@ -7,11 +7,13 @@ installed packages keep to themselves. Of what is large a sample is looked at.
 from __future__ import annotations
 
 import contextlib
+import dis
 import enum
 import functools
 import gc
 import inspect
 import itertools
+import queue
 import re
 import sys
 import time
@@ -25,7 +27,7 @@ import torch
 
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.owned import FOREIGN, is_users_module, is_users_own
-from chainrun.training import clocks, rng, variables
+from chainrun.training import carried, clocks, rng, variables
 from chainrun.training.liveness import PROPERTY, Code, is_in_a_loop
 from chainrun.training.variables import NoMark
 
@@ -151,7 +153,7 @@ class Kept(variables.Held):
             for inner, one in [*own.items()]:
                 if not inner.startswith("__") and type(one) in _VALUES:
                     self._visit(one, f"{name}.{inner}", where, depth - 1)
-        for inner, one in _bound_in(value) if depth else ():
+        for inner, one in [*_bound_in(value), *self._kept_by(value)] if depth else ():
             self._visit(one, name + inner, where, depth - 1)
         which = self._names.get(id(value)) or _which(value)
         if which is not None:
@@ -185,6 +187,22 @@ class Kept(variables.Held):
                 self._seen, self._again = seen, None
                 return
         super()._visit(value, name, where, depth)
+
+    def _kept_by(self, value: Any) -> Iterator[tuple[str, Any]]:
+        """Yield what a function of the user's goes on with at its next call: a list that is a default, a `nonlocal` count."""
+        if type(value) is not types.FunctionType or not is_users_own(value):
+            return
+        running = {
+            name for frame in self._frames for name in frame.f_code.co_cellvars
+        }  # theirs are looked at
+        around = {*value.__code__.co_freevars}
+        for name, one in carried.fields(value):
+            if name in around:
+                goes_on = name not in running and _is_read_first(value.__code__, name)
+            else:
+                goes_on = name not in vars(value) and type(one) in (list, deque, *_BY_KEY)
+            if goes_on:
+                yield f"({name})", one
 
     def _visit_generator(self, value: types.GeneratorType[Any, Any, Any], name: str, where: str) -> None:
         """Look at what a generator goes on with: as one value, or at each variable where it takes batches.
@@ -228,6 +246,13 @@ class Kept(variables.Held):
             self._add(name + where, kind, False, its_mark)
             self.places[name + where] = self.places[name + where]._replace(kind=WEIGHTS)
             return
+        if issubclass(kind, queue.Queue):  # what waits: told from another one by what its methods work on
+            value, kind = value.queue, type(value.queue)
+        elif issubclass(kind, (list, deque)) and kind not in _LISTS and self._is_own(kind):
+            with contextlib.suppress(NoMark):
+                base = list if issubclass(kind, list) else deque
+                self._add(name + where, kind, False, self._mark([*base.__iter__(value)]))
+            raise NoMark  # its attributes
         if kind in (set, frozenset):
             return  # what has been seen, mostly: it grows as a cache does
         if name != self._base and kind is torch.Tensor and not value.is_leaf:
@@ -286,6 +311,7 @@ class Kept(variables.Held):
         elif issubclass(kind, tuple) and len(value) <= _WIDTH:
             yield from ((f"[{place}]", each) for place, each in enumerate(tuple.__iter__(value)))
         elif self._is_own(kind) or (_gives_state(kind) and _top(kind) not in FOREIGN):
+            yield from variables.items_of(value)
             yield from ((f".{n}", v) for n, v in fields(value) if not n.startswith("__"))
 
     def _is_own(self, kind: type) -> bool:
@@ -338,6 +364,12 @@ def _bound_in(value: Any) -> list[tuple[str, Any]]:
         named = [(f".keywords[{name!r}]", each) for name, each in value.keywords.items()]
         return [(".func", value.func), *((f".args[{n}]", each) for n, each in enumerate(value.args)), *named]
     return []
+
+
+def _is_read_first(code: types.CodeType, name: str) -> bool:
+    """Whether a function reads a variable from around it before it sets it."""
+    steps = (step for step in dis.get_instructions(code) if step.argval == name and "FAST" not in step.opname)
+    return all("STORE" not in step.opname for step in itertools.islice(steps, 1))
 
 
 def _code_called(value: Any) -> list[types.CodeType]:

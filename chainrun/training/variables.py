@@ -272,13 +272,10 @@ class Held:
 
     def _children(self, value: Any) -> Iterator[tuple[str, Any]]:
         kind = type(value)
-        if kind in _DICTS:
-            if len(value) <= _WIDTH:
-                yield from ((f"[{key!r}]", each) for key, each in dict.items(value) if type(key) in _NUMBERS)
-        elif kind in _LISTS:
-            if len(value) <= _WIDTH:
-                yield from ((f"[{place}]", each) for place, each in enumerate(value))
-        elif issubclass(kind, torch.nn.Module):
+        yield from items_of(value)
+        if kind in (*_DICTS, *_LISTS):
+            return
+        if issubclass(kind, torch.nn.Module):
             own = object.__getattribute__(value, "__dict__")
             yield from ((f".{n}", v) for n, v in list(own.items()) if n not in OF_MODULES)
             yield from ((f".{n}", v) for n, v in list(own["_modules"].items()))
@@ -287,13 +284,27 @@ class Held:
             or top(kind.__module__) not in FOREIGN
             or issubclass(kind, (torch.utils.data.Dataset, torch.utils.data.DataLoader))
         ):
-            own = object.__getattribute__(value, "__dict__")
+            try:
+                own = object.__getattribute__(value, "__dict__")
+            except AttributeError:  # it has slots, or is a tuple
+                return
             if type(own) is dict:
                 shared = {
                     n: v for each in kind.__mro__[::-1] if is_users_own(each) for n, v in vars(each).items()
                 }
                 own = {**{n: v for n, v in shared.items() if type(v) in _NUMBERS}, **own}
                 yield from ((f".{n}", v) for n, v in list(own.items()) if not n.startswith("__"))
+
+
+def items_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what is in a short dict or list, be it of a class of the user's: ``cfg.noise`` for ``cfg["noise"]``."""
+    kind = type(value)
+    base: Any = next((one for one in (dict, *_LISTS) if issubclass(kind, one)), None)
+    if base is None or not (kind in (*_DICTS, *_LISTS) or is_users_own(kind)):
+        return
+    if base.__len__(value) <= _WIDTH:
+        items = dict.items(value) if base is dict else enumerate(base.__iter__(value))
+        yield from ((f"[{key!r}]", each) for key, each in items if type(key) in _NUMBERS)
 
 
 def _state(thing: Any) -> Any:
