@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import sysconfig
@@ -24,6 +25,11 @@ def is_users_module(module: types.ModuleType) -> bool:
     file = vars(module).get("__file__")
     if not isinstance(file, str) or top(vars(module).get("__name__")) in FOREIGN:
         return False
+    return _is_users_file(file)
+
+
+@functools.cache  # asked of every function at every look
+def _is_users_file(file: str) -> bool:
     installed = {"site-packages", "dist-packages"} & {*Path(file).parts}
     return not installed and not file.startswith(_PYTHONS)
 

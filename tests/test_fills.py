@@ -111,6 +111,29 @@ def test_a_large_list_that_the_training_changed_is_told(change: Any, named: str,
     assert "give the data set state_dict and load_state_dict" in line
 
 
+class Sampled(Weighted):
+    """Many objects: of each it keeps what it has loaded, the training sets its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples = [Aware() for _ in range(100)]
+
+    def __getitem__(self, index: int) -> float:
+        self.samples[index].loaded = index  # type: ignore[attr-defined]
+        return super().__getitem__(index)
+
+
+def weighted(items: Any, step: int) -> None:
+    items.samples[step].weight = 2.0
+
+
+def test_an_attribute_of_one_of_many_objects_is_told() -> None:
+    """They are too many to be carried; what the data set's own code sets in them while it loads is a cache."""
+    (line,) = told(training(Sampled, weighted, 0))
+    assert "the attribute 'samples' of Sampled is not what it was when the run was cut (other items)" in line
+    assert not told(training(Sampled, None, 0))
+
+
 class Caching(Weighted):
     """Keeps what it has made, and what was asked for, in all the ways that there are."""
 

@@ -18,6 +18,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
 
 import chainrun
+from chainrun.checkpoint import kinds
+from chainrun.checkpoint.public import Checkpoint
 from chainrun.errors import RegisterError, RestoreError
 
 
@@ -493,7 +495,14 @@ def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
     assert trained.result[0] == ["deque", "list", "defaultdict", "ndarray", "Phase", "Settings", "frozenset"]
     cut(train, (2,), dir=tmp_path)
     file = next((tmp_path / "checkpoints").glob("step-*/rank-00000.pt"))
-    assert torch.load(file, weights_only=True)["state"]["phase"] == "COLD"
+    saved = torch.load(file, weights_only=True)
+    assert saved["state"]["phase"] == "COLD"
+    # what a file says of classes must not have anything called
+    harmless = {"a": ["echo"], kinds.PLACES: [(["a"], ["named", "os:system"])]}
+    with pytest.raises(RestoreError, match=r"the class os\.system, which is not there any more"):
+        kinds.join(harmless)
+    apart = Checkpoint(file.parent).load()["buffer"]
+    assert type(apart["items"]).__name__ == "deque"
 
 
 def test_state_that_no_checkpoint_can_hold_is_refused_at_the_first_step() -> None:

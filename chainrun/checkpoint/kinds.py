@@ -13,7 +13,7 @@ import enum
 import importlib
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ PLACES = "numpys"
 
 FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, set, deque, Counter)}
 """What may make the values of a defaultdict, by name."""
+_OF_CLASSES = ("own", "named", "member")
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
 
 
@@ -37,15 +38,19 @@ def split(tree: dict[str, Any]) -> dict[str, Any]:
     return {**rest, PLACES: places} if places else tree
 
 
-def join(tree: dict[str, Any]) -> dict[str, Any]:
+def join(tree: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
     """Put the values into a tree that `split` returned, in place.
 
+    Args:
+        classes: also values of classes of the user's, whose modules are imported; else what was saved for them is left.
+
     Raises:
-        RestoreError: there is no such class of named tuples, or of an enumeration, any more.
+        RestoreError: there is no such class any more.
     """
     made: dict[int, tuple[Any, Any]] = {}
     for keys, kind in tree.pop(PLACES, ()):
-        _put(tree, keys, kind, made)
+        if classes or kind[0] not in _OF_CLASSES:
+            _put(tree, keys, kind, made)
     return tree
 
 
@@ -56,8 +61,11 @@ def named(thing: Any) -> str | None:
     return next((name for name in names if _found(name) is thing), None)
 
 
-def class_of(name: str) -> Any:
+def found_again(name: str, *bases: type) -> Any:
     """Return the class or the function that `named` gave this name.
+
+    Args:
+        bases: it has to be a class that is one of these: a checkpoint cannot have just anything called.
 
     Raises:
         RestoreError: there is none.
@@ -65,7 +73,7 @@ def class_of(name: str) -> Any:
     with contextlib.suppress(ImportError):  # the function may import it only when it runs
         importlib.import_module(name.partition(":")[0])
     found = _found(name)
-    if found is None:
+    if found is None or (bases and not (isinstance(found, type) and issubclass(found, bases))):
         raise RestoreError(
             f"a checkpoint holds a value of the class {name.replace(':', '.')}, which is not there any more: bring it back"
         )
@@ -151,13 +159,27 @@ def _made(plain: Any, kind: Any) -> Any:
         return defaultdict(FACTORIES.get(about[0]), plain)
     if which == "own":
         return made_of(about[0], plain)
-    found = class_of(about[0])
-    return found[plain] if which == "member" else found(*plain)
+    return member(about[0], plain) if which == "member" else named_tuple(about[0], plain)
+
+
+def named_tuple(name: str, items: Iterable[Any]) -> Any:
+    """Return the named tuple of these items."""
+    return found_again(name, tuple)(*items)
+
+
+def member(name: str, of: str) -> Any:
+    """Return the member of this name of an enumeration."""
+    kind = found_again(name, enum.Enum)
+    if of not in kind.__members__:
+        raise RestoreError(
+            f"a checkpoint holds {kind.__qualname__}.{of}, and there is no such member any more"
+        )
+    return kind[of]
 
 
 def made_of(name: str, content: Any) -> Any:
     """Return an object of a user's class that is a dict or a list, with this content."""
-    kind = class_of(name)
+    kind = found_again(name, dict, list)
     try:
         made = kind()
     except TypeError:  # it wants arguments

@@ -44,7 +44,9 @@ class Checkpoint:
     def load(self, rank: int = 0) -> dict[str, Any]:
         """Verify, then return the state_dicts of one rank by the names they were registered under.
 
-        Tensors that were sharded over several ranks are put together; they come back whole from every rank.
+        Tensors that were sharded over several ranks are put together; they come back whole from every rank. No
+        class of the user's is imported: a named tuple is a list, a member of an enumeration its name, a dict of a class
+        of one's own a dict.
 
         Raises:
             CheckpointError: the checkpoint cannot be trusted, or has no such rank.
@@ -88,7 +90,7 @@ class Checkpoint:
         needed = files_of(self._committed, rank)
         self._verify([name for name in files if name not in needed])
         try:
-            return reader.read(self._committed, rank)
+            return reader.read(self._committed, rank, classes=False)
         except CheckpointError as error:
             why = str(error).replace(f"{self.path}/", "")
             raise CheckpointError(f"the checkpoint {self.path} cannot be trusted: {why}") from error

@@ -41,21 +41,13 @@ from chainrun.training.packed import (
     without_folders,
 )
 
-_HOLDS = (
-    str,
-    bytes,
-    list,
-    tuple,
-    dict,
-    set,
-    deque,
-    np.ndarray,
-    torch.Tensor,
-    enum.Enum,
-)  # what is no open file
+# what is no open file
+_HOLDS = (str, bytes, list, tuple, dict, set, frozenset, deque, np.ndarray, torch.Tensor, enum.Enum)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, type)
 _WHICH = {"is", "code", "objects", "kind"}  # the keys of what tells which one a value is
-_DEPTH, _WIDTH = 6, 64  # how deep objects are looked for, and in how long containers
+_DEPTH = 6  # how deep objects are looked for
+WIDTH = 64
+"""In how long containers objects are looked for."""
 _NOT_STATE: Any = object()
 
 
@@ -114,7 +106,7 @@ class Contents:
             return {"is": self._there[id(value)][0]}
         if isinstance(value, _CODE) and (name := kinds.named(value)):
             return {"code": name}
-        if type(value) in (list, tuple) and len(value) <= _WIDTH and depth:
+        if type(value) in (list, tuple) and len(value) <= WIDTH and depth:
             parts = [self._which(one, 0) if size_of(one, LARGE) is None else pack(one) for one in value]
             if not any(map(_kind_in, parts)):
                 return {"objects": [type(value).__name__, parts]}
@@ -151,19 +143,26 @@ class Contents:
                 continue
             if not (place in now and equal(value, now[place])):
                 if _is_which(value):
-                    _put(owners[path], name, self._made(value))
+                    _put(owners[path], name, self._made(value, dict(carried.fields(owners[path])).get(name)))
                 else:
                     _set(owners[path], name, value)
 
-    def _made(self, which: Any) -> Any:
+    def _made(self, which: Any, live: Any = None) -> Any:
+        """Return the value; a list in place, if there is one."""
         ((how, what),) = which.items()
         if how == "is":
             return self._objects.get(what, _NOT_STATE)
         if how == "code":
-            return kinds.class_of(what)
+            return kinds.found_again(what)
         if how == "objects":
             items = [self._made(one) if _is_which(one) else unpack(one) for one in what[1]]
-            return _NOT_STATE if _NOT_STATE in items else {"list": list, "tuple": tuple}[what[0]](items)
+            if any(one is _NOT_STATE for one in items):
+                return _NOT_STATE
+            if what[0] == "tuple":
+                return tuple(items)
+            made = live if type(live) is list else []
+            made[:] = items
+            return made
         return _NOT_STATE
 
     def replaced(self, state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -292,7 +291,9 @@ def _is_path(value: Any) -> bool:
 
 def of_parts(*parts: Any, large: bool = True) -> list[Contents]:
     """Return the contents of a map-style data set and a collate function, as far as these have no state_dict."""
-    return [Contents(one, caches=True, large=large) for one in parts if not carried.is_stateful(one)]
+    found = [getattr(part, "__func__", part) for part in parts]
+    keeping = [one for one in found if not isinstance(one, types.FunctionType) or carried.fields(one)]
+    return [Contents(one, caches=True, large=large) for one in keeping if not carried.is_stateful(one)]
 
 
 def check(carriers: list[carried.Carrier], states: list[Any], where: str) -> None:
@@ -312,7 +313,7 @@ def _others_in(value: Any) -> Iterator[tuple[str, Any]]:
         return
     if type(value) in (list, tuple, dict):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        inside = ((f"[{key!r}]", one) for key, one in items if len(value) <= _WIDTH)
+        inside = ((f"[{key!r}]", one) for key, one in items if len(value) <= WIDTH)
         yield from ((at, one) for at, one in inside if size_of(one, LARGE) is None)
     else:
         yield "", value
@@ -328,7 +329,7 @@ def kind_of(value: Any) -> str:
 
 
 def _described(value: Any) -> str:
-    if type(value) in (list, tuple) and len(value) <= _WIDTH:
+    if type(value) in (list, tuple) and len(value) <= WIDTH:
         return f"[{', '.join(map(kind_of, value))}]"
     return kind_of(value)
 
@@ -357,7 +358,7 @@ def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple
     """Yield the user's objects that a value is, or has in it, and where; none that has state of its own."""
     if isinstance(value, (list, tuple, dict)):
         items = dict.items(value) if isinstance(value, dict) else enumerate(value)
-        for key, one in items if len(value) <= _WIDTH and depth else ():
+        for key, one in items if len(value) <= WIDTH and depth else ():
             yield from _objects_in(one, f"{at}[{key!r}]", depth - 1)
     elif isinstance(value, (types.FunctionType, functools.partial)):
         if is_users_own(value) if isinstance(value, types.FunctionType) else depth:

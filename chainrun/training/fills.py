@@ -16,9 +16,9 @@ from typing import Any
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.owned import is_users_own
 from chainrun.training import carried
-from chainrun.training.contents import Contents
+from chainrun.training.contents import WIDTH, Contents
 from chainrun.training.liveness import before
-from chainrun.training.packed import is_large_container, sample, without_folders
+from chainrun.training.packed import is_large_container, sample, some, without_folders
 
 _ENTRIES = ("__getitem__", "__getitems__", "__call__", "forward")  # what torch's loader calls
 _CHANGE = {
@@ -47,22 +47,25 @@ class Fills:
                 f"{number}{path}.{name}": value
                 for path, owner in owners.items()
                 for name, value in carried.fields(owner)
-                if is_large_container(value)
+                if is_large_container(value) or _is_of_many_objects(value)
             }
             names = filled_while_loading(owners.values()) if large else set()
-            found |= {p: _mark(value) for p, value in large.items() if p.rpartition(".")[2] not in names}
+            found |= {
+                p: _mark(value, names) for p, value in large.items() if p.rpartition(".")[2] not in names
+            }
         return found
 
     def changed(self, then: dict[str, list[Any]]) -> Iterator[str]:
         """Yield what to tell of those that are not what they were when `marks` returned this."""
         for number, part in enumerate(self._parts):
             owners = part.owners()
+            names = filled_while_loading(owners.values()) if then else set()
             for place, mark in then.items():
                 path, _, name = place.removeprefix(str(number)).rpartition(".")
                 live = dict(carried.fields(owners[path])).get(name) if path in owners else None
                 if not place.startswith(f"{number}.") or live is None:
                     continue
-                now = _mark(live)
+                now = _mark(live, names)
                 if now != mark:
                     what = f"{mark[0]:,} items then, {now[0]:,} here" if now[0] != mark[0] else "other items"
                     yield (
@@ -73,11 +76,19 @@ class Fills:
                     )
 
 
-def _mark(value: Any) -> list[Any]:
+def _is_of_many_objects(value: Any) -> bool:
+    """Whether it is a list of objects of the user's that is too long for them to be looked at one by one."""
+    return type(value) in (list, tuple) and len(value) > WIDTH and is_users_own(type(value[0]))
+
+
+def _mark(value: Any, names: set[str]) -> list[Any]:
+    """Return the length and a fingerprint of some items, of objects without the attributes of these names."""
     try:
         size = len(value)
     except TypeError:
         return [0, ""]
+    if _is_of_many_objects(value):
+        value = [{n: v for n, v in carried.fields(one) if n not in names} for one in some(value)]
     try:
         return [size, fingerprint(without_folders(sample(value)))]
     except Exception:  # items that have no fingerprint

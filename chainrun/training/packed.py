@@ -170,9 +170,9 @@ def unpack(packed: Any) -> Any:
             FACTORIES.get(inner[0]), zip(map(unpack, inner[1]), map(unpack, inner[2]), strict=True)
         )
     if kind == "named":
-        return kinds.class_of(inner[0])(*map(unpack, inner[1:]))
+        return kinds.named_tuple(inner[0], map(unpack, inner[1:]))
     if kind == "member":
-        return kinds.class_of(inner[0])[inner[1]]
+        return kinds.member(*inner)
     if kind == "own":
         return kinds.made_of(inner[0], unpack(inner[1]))
     if kind == "bytes":
