@@ -164,7 +164,7 @@ def on_ranks(ranks: int, body: Callable[[], int]) -> int:
         AssertionError: a rank failed.
         RegisterError: all ranks were refused.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=chain.memory()) as name:
         folder = Path(name)
         children = {}
         for rank in range(ranks):

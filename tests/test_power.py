@@ -20,6 +20,7 @@ from pathlib import Path
 import disk
 import pytest
 import torch
+from chain import memory
 
 from chainrun import journal
 from chainrun.checkpoint.public import Checkpoint
@@ -118,8 +119,7 @@ def go_on(folder: Path, metrics: dict[int, dict], note: str) -> None:
 @pytest.fixture
 def after() -> Iterator[Path]:
     """A folder for what a cut leaves, in memory where that is possible: it is made very often."""
-    fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="chainrun-power-", dir=fast) as folder:
+    with tempfile.TemporaryDirectory(prefix="chainrun-power-", dir=memory()) as folder:
         yield Path(folder) / "after"
 
 
