@@ -38,3 +38,20 @@ def is_users_own(thing: Any) -> bool:
     """Whether a class or a function is of the user's own code, neither installed nor Python's."""
     name = thing.__module__
     return type(name) is str and name in sys.modules and is_users_module(sys.modules[name])
+
+
+def fields(value: Any) -> list[tuple[str, Any]]:
+    """Return an object's own attributes, those in slots too; no code of the user's runs."""
+    found: dict[str, Any] = {}
+    for kind in type(value).__mro__:
+        for name, slot in vars(kind).items():
+            if type(slot) is types.MemberDescriptorType and name != "__dict__":
+                try:
+                    found[name] = slot.__get__(value)
+                except AttributeError:  # not bound
+                    continue
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        own = {}
+    return [*found.items(), *(own.items() if type(own) is dict else ())]

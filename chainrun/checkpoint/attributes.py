@@ -7,6 +7,7 @@ a NumPy view leaves no other trace.
 
 from __future__ import annotations
 
+import copy
 import enum
 import marshal
 import types
@@ -21,7 +22,7 @@ from chainrun.checkpoint import kinds, state
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.sharded import map_tensors
 from chainrun.errors import RegisterError
-from chainrun.owned import is_users_own
+from chainrun.owned import fields, is_users_own
 
 _SCALARS = (bool, int, float, str, type(None), bytes, torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, dict, OrderedDict, Counter, set)
@@ -86,7 +87,7 @@ def _is_followed(value: Any) -> bool:
         is_users_own(kind)
         and not issubclass(kind, (torch.nn.Module, torch.Tensor, torch.optim.Optimizer, type))
         and not hasattr(kind, "state_dict")
-        and type(getattr(value, "__dict__", None)) is dict
+        and (type(getattr(value, "__dict__", None)) is dict or bool(fields(value)))
     )
 
 
@@ -125,12 +126,14 @@ class Attributes:
 
     def __init__(self, module: Any, but: str) -> None:
         self._module, self._but = module, but
+        self._objects: dict[str, Any] = {}  # the user's objects in it, by every place where they are
         built = dict(self._all())
+        self._objects_built = self._objects
         self._others = {path for path, value in built.items() if value is _OTHER}
         self._built = {path: _Built(value) for path, value in built.items() if value is not _OTHER}
 
     def _all(self) -> Iterator[tuple[str, Any]]:
-        seen: set[int] = set()
+        self._objects, seen = {}, set[int]()
         for path, module in self._module.named_modules(remove_duplicate=False):
             for name, value in vars(module).items():
                 if name not in _TORCHS_OWN and name != self._but:
@@ -152,13 +155,16 @@ class Attributes:
     def _in_object(self, path: str, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Any]]:
         if _is_state(_split(value)[""]):
             yield path, value
-        elif isinstance(value, enum.Enum):  # of a class that is made in a function
             return
-        elif not depth or not _is_followed(value):
+        if isinstance(value, enum.Enum):  # of a class that is made in a function
+            return
+        if not depth or not _is_followed(value):
             yield path, _OTHER
-        elif id(value) not in seen:
+            return
+        self._objects[path] = value
+        if id(value) not in seen:
             seen.add(id(value))
-            for name, inner in list(vars(value).items()):
+            for name, inner in fields(value):
                 yield from self._in_object(f"{path}.{name}", inner, depth - 1, seen)
 
     def _here(self) -> dict[str, Any]:
@@ -188,12 +194,40 @@ class Attributes:
             devices[path] = _device_of(plain).type
             if tree:
                 places[path] = tree
-        return {"values": values, "replaced": replaced, "devices": devices, "kinds": places}
+        found = {"values": values, "replaced": replaced, "devices": devices, "kinds": places}
+        return {**found, "objects": self._which()}
+
+    def _which(self) -> dict[str, list[str]]:
+        """Return where another object of the user's is than when it was built: where that was, or of which class it is."""
+        was = {id(one): place for place, one in reversed(self._objects_built.items())}
+        found = {}
+        for place, one in self._objects.items():
+            if place in self._objects_built and one is not self._objects_built[place]:
+                known = was.get(id(one))
+                found[place] = ["new", type(one).__qualname__] if known is None else ["is", known]
+        return found
+
+    def _replace_objects(self, which: dict[str, list[str]]) -> tuple[str, ...]:
+        """Put the objects in those places; return the places where one of another class is."""
+        others = []
+        for place, (how, what) in which.items():
+            live = self._objects_built.get(place)
+            if how == "is":
+                self._put(place, self._objects_built.get(what, live))
+            elif type(live).__qualname__ != what:
+                others.append(f"{place}.")
+            elif self._objects.get(place) is live:  # which others may hold, who have not changed it
+                self._put(place, copy.copy(live))
+        return tuple(others)
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Set what `changed` returned, and what had not changed then to what it was when this one was built."""
+        self._here()
+        others = self._replace_objects(saved.get("objects", {}))
         here = self._here()
         for path, value in saved["values"].items():
+            if path.startswith(others):
+                continue
             live = here.get(path, _ABSENT)
             placed = self._placed(value, live, saved["devices"][path])
             placed = kinds.join({"": placed, **state.copied(saved["kinds"].get(path, {}))})[""]
@@ -209,15 +243,18 @@ class Attributes:
         """Set an attribute, in place where `live` may be known to others too."""
         new = state.refilled(live, value)
         if new is not live:
-            where, _, name = path.rpartition(".")
-            owner: Any = self._module
-            for part in where.strip(".").split("."):
-                if isinstance(owner, OrderedDict):  # of hooks
-                    owner = _owner_of([*owner.values()][int(part)]) if int(part) < len(owner) else None
-                else:
-                    owner = getattr(owner, part, None) if part else owner
-            if owner is not None:  # an object that the training makes is made by it again
-                state.set_attribute(owner, name, new)
+            self._put(path, new)
+
+    def _put(self, path: str, value: Any) -> None:
+        where, _, name = path.rpartition(".")
+        owner: Any = self._module
+        for part in where.strip(".").split("."):
+            if isinstance(owner, OrderedDict):  # of hooks
+                owner = _owner_of([*owner.values()][int(part)]) if int(part) < len(owner) else None
+            else:
+                owner = getattr(owner, part, None) if part else owner
+        if owner is not None:  # an object that the training makes is made by it again
+            state.set_attribute(owner, name, value)
 
     def _tensors(self) -> Iterable[torch.Tensor]:
         return list(self._module.parameters())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ def _parts(tree: Any, seen: set[int]) -> Iterator[bytes | memoryview]:
         for key, value in tree.items():
             yield repr(key).encode()
             yield from _parts(value, seen)
-    elif isinstance(tree, (list, tuple)):
+    elif isinstance(tree, (list, tuple, deque)):
         yield f"{len(tree)}".encode()
         for value in tree:
             yield from _parts(value, seen)

@@ -47,7 +47,7 @@ def join(tree: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
     Raises:
         RestoreError: there is no such class any more.
     """
-    made: dict[int, tuple[Any, Any]] = {}
+    made: dict[Any, tuple[Any, Any]] = {}
     for keys, kind in tree.pop(PLACES, ()):
         if classes or kind[0] not in _OF_CLASSES:
             _put(tree, keys, kind, made)
@@ -56,9 +56,11 @@ def join(tree: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
 
 def named(thing: Any) -> str | None:
     """Return the name by which a class or a function is found again, None of one that is not: made in a function."""
-    # torch's builtin functions do not tell where they are
-    names = (f"{thing.__module__}:{thing.__qualname__}", f"torch:{thing.__name__}")
-    return next((name for name in names if _found(name) is thing), None)
+    name = getattr(thing, "__name__", "")
+    module, path = getattr(thing, "__module__", None), getattr(thing, "__qualname__", name)
+    # builtin functions of torch and NumPy do not tell where they are
+    names = (f"{module}:{path}", f"torch:{name}", f"numpy:{name}")
+    return next((each for each in names if name and _found(each) is thing), None)
 
 
 def found_again(name: str, *bases: type) -> Any:
@@ -94,23 +96,54 @@ def is_named_tuple(value: Any) -> bool:
 
 
 def is_member(value: Any) -> bool:
-    """Whether it is a member of an enumeration that is found again."""
-    return (
-        isinstance(value, enum.Enum)
-        and value.name in type(value).__members__
-        and named(type(value)) is not None
+    """Whether it is a member of an enumeration that is found again, or a combination of flags."""
+    known = isinstance(value, enum.Flag) or (
+        isinstance(value, enum.Enum) and value.name in type(value).__members__
     )
+    return known and named(type(value)) is not None
 
 
 def base_of(kind: Any) -> Any:
     """Return dict or list, if it is a class of the user's that is one, and is found again: ``cfg.lr`` for ``cfg["lr"]``."""
     base = next((base for base in (dict, list) if issubclass(kind, base)), None)
-    return base if base is not kind and base and is_users_own(kind) and named(kind) else None
+    if base is None or base is kind or issubclass(kind, defaultdict) or not is_users_own(kind):
+        return None
+    return base if named(kind) else None
+
+
+def content_of(value: Any) -> Any:
+    """Return what is in a dict or list of whatever class, in one of Python's own; none of its methods is called."""
+    if isinstance(value, OrderedDict):
+        return dict(OrderedDict.items(value))
+    return dict(dict.items(value)) if isinstance(value, dict) else [*list.__iter__(value)]
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """Return the attributes of a dict or list of a class of the user's; without them where they are its keys."""
+    own = getattr(value, "__dict__", None)
+    return {**own} if type(own) is dict else {}
+
+
+def fill(thing: Any, content: Any, attributes: dict[str, Any]) -> None:
+    """Give a dict or list of whatever class this content and these attributes; none of its own methods is called."""
+    if isinstance(thing, dict):
+        base = OrderedDict if isinstance(thing, OrderedDict) else dict
+        base.clear(thing)
+        for key, one in content.items():
+            base.__setitem__(thing, key, one)
+    else:
+        list.__setitem__(thing, slice(None), content)
+    own = getattr(thing, "__dict__", None)
+    if type(own) is dict:
+        own.clear()
+        own.update(attributes)
 
 
 def is_plain_array(value: Any) -> bool:
-    """Whether a NumPy array or number has content that a tensor holds."""
-    return type(value) is not np.memmap and value.dtype.kind in "biufc" and bool(value.dtype.isnative)
+    """Whether a NumPy array or number has content that a tensor holds; matrices and masked arrays have more."""
+    kind = type(value)
+    known = kind is np.ndarray or issubclass(kind, np.generic)
+    return known and value.dtype.kind in "biufc" and bool(value.dtype.isnative)
 
 
 def _plain(value: Any) -> tuple[Any, Any]:
@@ -122,8 +155,9 @@ def _plain(value: Any) -> tuple[Any, Any]:
             return plain, value.dtype.str
     elif isinstance(value, np.ndarray):
         if is_plain_array(value):
-            try:
-                return torch.from_numpy(np.require(value, requirements=["C", "W"])), ["array"]
+            plain = value.flags.writeable and all(stride >= 0 for stride in value.strides)
+            try:  # not in another order: sums depend on it
+                return torch.from_numpy(value if plain else value.copy(order="K")), ["array"]
             except TypeError:  # a kind of number that torch has not
                 return None, None
     elif kind is deque:
@@ -135,12 +169,11 @@ def _plain(value: Any) -> tuple[Any, Any]:
         if value.default_factory is FACTORIES.get(str(factory)):
             return dict(value), ["defaultdict", factory]
     elif is_member(value):
-        return value.name, ["member", named(kind)]
+        return name_of(value), ["member", named(kind)]
     elif is_named_tuple(value) and (name := named(kind)):
         return [*value], ["named", name]
-    elif base := base_of(kind):
-        items = base.items(value) if base is dict else base.__iter__(value)
-        return base(items), ["own", named(kind)]
+    elif base_of(kind):
+        return [content_of(value), attributes_of(value)], ["own", named(kind)]
     return None, None
 
 
@@ -158,7 +191,7 @@ def _made(plain: Any, kind: Any) -> Any:
     if which == "defaultdict":
         return defaultdict(FACTORIES.get(about[0]), plain)
     if which == "own":
-        return made_of(about[0], plain)
+        return made_of(about[0], *plain)
     return member(about[0], plain) if which == "member" else named_tuple(about[0], plain)
 
 
@@ -167,28 +200,29 @@ def named_tuple(name: str, items: Iterable[Any]) -> Any:
     return found_again(name, tuple)(*items)
 
 
-def member(name: str, of: str) -> Any:
-    """Return the member of this name of an enumeration."""
+def name_of(member: enum.Enum) -> Any:
+    """Return what a member is found again by: its name, of flags their number."""
+    return member.value if isinstance(member, enum.Flag) else member.name
+
+
+def member(name: str, of: Any) -> Any:
+    """Return the member of an enumeration for which `name_of` returned this."""
     kind = found_again(name, enum.Enum)
-    if of not in kind.__members__:
+    if isinstance(of, str) and of not in kind.__members__:
         raise RestoreError(
             f"a checkpoint holds {kind.__qualname__}.{of}, and there is no such member any more"
         )
-    return kind[of]
+    return kind[of] if isinstance(of, str) else kind(of)
 
 
-def made_of(name: str, content: Any) -> Any:
-    """Return an object of a user's class that is a dict or a list, with this content."""
+def made_of(name: str, content: Any, attributes: dict[str, Any]) -> Any:
+    """Return an object of a user's class that is a dict or a list."""
     kind = found_again(name, dict, list)
     try:
         made = kind()
-    except TypeError:  # it wants arguments
+    except Exception:  # it wants arguments
         made = kind.__new__(kind)
-    if isinstance(made, dict):
-        dict.clear(made)
-        dict.update(made, content)
-    else:
-        made[:] = content
+    fill(made, content, attributes)
     return made
 
 
@@ -203,8 +237,11 @@ def _without(value: Any, keys: tuple[Any, ...], places: list[Any], known: dict[i
         plain = value
     if type(plain) in _CONTAINERS:
         plain = _without_inside(plain, keys, places, known)
-        if type(plain) is not tuple:  # which is made anew in every place that it is in
-            known[id(value)] = plain, kind
+    # a tuple is made anew in every place that it is in
+    if type(plain) in (dict, OrderedDict, Counter, list) or (
+        kind is not None and isinstance(plain, torch.Tensor)
+    ):
+        known[id(value)] = plain, kind
     if kind is not None:
         places.append((list(keys), kind))  # after what is in it
     return plain
@@ -223,12 +260,17 @@ def _without_inside(value: Any, keys: tuple[Any, ...], places: list[Any], known:
     return made
 
 
-def _put(value: Any, keys: Sequence[Any], kind: Any, made: dict[int, tuple[Any, Any]]) -> Any:
+def _put(value: Any, keys: Sequence[Any], kind: Any, made: dict[Any, tuple[Any, Any]]) -> Any:
     if not keys:
-        if isinstance(value, (list, dict, torch.Tensor)):  # one object in two places stays one
-            made.setdefault(id(value), (value, _made(value, kind)))
-            return made[id(value)][1]
-        return _made(value, kind)
+        if not isinstance(value, (list, dict, torch.Tensor)):
+            return _made(value, kind)
+        # one object in two places stays one
+        key: Any = id(value)
+        if isinstance(value, torch.Tensor) and value.numel():
+            key = value.data_ptr(), value.shape, value.stride(), value.dtype
+        if key not in made:
+            made[key] = value, _made(value, kind)
+        return made[key][1]
     first, *rest = keys
     new = _put(value[first], rest, kind, made)
     if isinstance(value, tuple):

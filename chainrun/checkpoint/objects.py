@@ -47,7 +47,8 @@ _HOOKS = {
     f"_optimizer_{which}_hooks"
     for which in ("step_post", "state_dict_pre", "state_dict_post", "load_state_dict_post")
 }
-_BY_TORCH = "chainrun: by torch's own method"  # the key that tells of an optimizer with other methods
+OWN = "chainrun: its own"
+"""The key of what an optimizer's state_dict() returns in a form of its own, beside what torch's would."""
 _MARK = "_chainrun_mark"  # the attribute of a registered module
 
 
@@ -216,8 +217,9 @@ class _Optimizer:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def by_objects(self) -> Iterator[str]:
-        """Yield the names of attributes with tensors by modules or parameters."""
-        return self._attributes.by_objects()
+        """Yield the names of attributes with tensors by modules or parameters, unless it has a state_dict() of its own."""
+        own = type(self._optimizer).state_dict is not torch.optim.Optimizer.state_dict
+        return iter(()) if own else self._attributes.by_objects()
 
     @property
     def is_scheduled(self) -> bool:
@@ -227,11 +229,12 @@ class _Optimizer:
     @property
     def _inner(self) -> dict[str, torch.optim.Optimizer]:
         """Optimizers in its attributes with a state that is not its own: state_dict() rarely tells of it."""
-        return {
-            name: value
-            for name, value in vars(self._optimizer).items()
-            if isinstance(value, torch.optim.Optimizer) and value.state is not self._optimizer.state
-        }
+        return {name: one for name, one in self._optimizers.items() if one.state is not self._optimizer.state}
+
+    @property
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        own = vars(self._optimizer)
+        return {name: value for name, value in own.items() if isinstance(value, torch.optim.Optimizer)}
 
     def extra(self) -> dict[str, Any]:
         """Return what it is known by, and what has changed of its attributes since it was registered."""
@@ -264,13 +267,17 @@ class _Optimizer:
         return getattr(thing, "optimizer", None) is self._optimizer
 
     def state_dict(self) -> Any:
-        """Return what its state_dict() does or, where that is of a form of its own, what torch's would."""
+        """Return what its state_dict() does; where that is of a form of its own, beside what torch's would."""
         found = self._optimizer.state_dict()
-        if isinstance(found, dict) and {"state", "param_groups"} <= found.keys():
-            states = [self._optimizer.state.get(parameter, {}) for parameter in self.parameters]
-            if all(found["state"].get(n, {}).keys() == state.keys() for n, state in enumerate(states)):
-                return found
-        return {**torch.optim.Optimizer.state_dict(self._optimizer), _BY_TORCH: True}
+        if self._is_of_torchs_form(found):
+            return found
+        return {**torch.optim.Optimizer.state_dict(self._optimizer), OWN: found}
+
+    def _is_of_torchs_form(self, found: Any) -> bool:
+        if not isinstance(found, dict) or not {"state", "param_groups"} <= found.keys():
+            return False
+        states = [self._optimizer.state.get(parameter, {}) for parameter in self.parameters]
+        return all(found["state"].get(n, {}).keys() == state.keys() for n, state in enumerate(states))
 
     def groups(self, names: dict[int, str]) -> list[list[str | None]]:
         """Return the names of the parameters of each group, None where nobody knows one."""
@@ -301,12 +308,14 @@ class _Optimizer:
             self._deferred = state  # the function may add them on its way to the loop
             return
         self._deferred = None
-        sharing = [one for one in self._inner.values() if one.param_groups is optimizer.param_groups]
+        sharing = [one for one in self._optimizers.values() if one.param_groups is optimizer.param_groups]
+        sharing_state = [one for one in self._optimizers.values() if one.state is optimizer.state]
         try:
             with warnings.catch_warnings():  # the real part of complex state; all of it comes back below
                 warnings.filterwarnings("ignore", "Casting complex values")
                 copy = copied(state, self._restored_again(state))
-                if copy.pop(_BY_TORCH, False):
+                if OWN in copy:
+                    self._load_own(copy.pop(OWN))
                     torch.optim.Optimizer.load_state_dict(optimizer, copy)
                 else:
                     optimizer.load_state_dict(copy)
@@ -323,8 +332,19 @@ class _Optimizer:
                 self._restored[index] = {**optimizer.state.get(parameter, {})}
         for one in sharing:
             one.param_groups = optimizer.param_groups
+        for one in sharing_state:
+            one.state = optimizer.state
         # an earlier process has called step(): else a scheduler warns that it was called first
         optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _load_own(self, state: Any) -> None:
+        try:
+            self._optimizer.load_state_dict(state)
+        except Exception as error:
+            raise RestoreError(
+                f"the optimizer '{self._name}' ({type(self._optimizer).__name__}) did not take what its own state_dict() had "
+                f"given: {type(error).__name__}: {error}"
+            ) from error
 
     def _restored_again(self, state: Any) -> dict[int, Any]:
         """Give the tensors of the first restore their content again; return them by the ids of the saved ones.
@@ -538,8 +558,10 @@ def _modules(things: dict[str, Stateful]) -> list[_Module]:
 
 
 def states_of_others(things: dict[str, Stateful]) -> dict[str, Any]:
-    """Return the state_dict() of what is neither a module nor an optimizer."""
-    return {name: thing.state_dict() for name, thing in things.items() if isinstance(thing, _Other)}
+    """Return what the user's own code makes: the state_dict() of what is no module, and no optimizer of torch's form."""
+    found = {name: thing.state_dict() for name, thing in things.items() if not isinstance(thing, _Module)}
+    others = {name: one for name, one in found.items() if isinstance(things[name], _Other) or OWN in one}
+    return {name: one.get(OWN, one) if isinstance(one, dict) else one for name, one in others.items()}
 
 
 def check_names(things: dict[str, Stateful]) -> None:

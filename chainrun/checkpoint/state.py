@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from collections import Counter, OrderedDict, deque
 from multiprocessing.sharedctypes import Synchronized
@@ -111,9 +110,9 @@ def _copy_others(tree: Any, memo: dict[int, Any]) -> None:
     elif isinstance(tree, (dict, list, tuple, deque)):
         for value in dict.values(tree) if isinstance(tree, dict) else tree:
             _copy_others(value, memo)
-        if base := kinds.base_of(type(tree)):
-            content = base(dict.items(tree) if isinstance(tree, dict) else tree)
-            memo[id(tree)] = kinds.made_of(str(kinds.named(type(tree))), copy.deepcopy(content, memo))
+        if kinds.base_of(type(tree)):
+            parts = copy.deepcopy([kinds.content_of(tree), kinds.attributes_of(tree)], memo)
+            memo[id(tree)] = kinds.made_of(str(kinds.named(type(tree))), *parts)
 
 
 class Shared(NamedTuple):
@@ -144,11 +143,10 @@ def refilled(live: Any, value: Any) -> Any:
             return value
         live[...] = value
     elif isinstance(live, dict):
-        content = {key: refilled(dict.get(live, key), one) for key, one in dict.items(value)}
-        live.clear()  # the order of the keys is content too
-        live.update(content)
+        content = {key: refilled(dict.get(live, key), one) for key, one in kinds.content_of(value).items()}
+        kinds.fill(live, content, kinds.attributes_of(value))  # the order of the keys is content too
     elif isinstance(live, list):
-        live[:] = _items(live, value)
+        kinds.fill(live, _items(live, value), kinds.attributes_of(value))
     elif type(live) is tuple:
         items = _items(live, value)
         same = len(live) == len(items) and all(old is new for old, new in zip(live, items, strict=True))
@@ -170,15 +168,16 @@ def _is_alike(live: Any, value: Any) -> bool:
 
 
 def _items(live: Any, value: Any) -> list[Any]:
-    old = [*live]
-    return [refilled(old[n] if n < len(old) else None, one) for n, one in enumerate(value)]
+    base = next(base for base in (list, tuple, deque) if isinstance(live, base))
+    old = [*base.__iter__(live)]
+    return [refilled(old[n] if n < len(old) else None, one) for n, one in enumerate(base.__iter__(value))]
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> None:
-    """Set an attribute, of a frozen data class too."""
+    """Set an attribute, also of a class that does not let it be set."""
     try:
         setattr(owner, name, value)
-    except dataclasses.FrozenInstanceError:
+    except (AttributeError, TypeError):
         object.__setattr__(owner, name, value)
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from chainrun import owned
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.owned import FOREIGN
 from chainrun.training import rng
@@ -106,9 +107,7 @@ def fields(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, functools.partial):
         named = [("func", value.func), *((f"argument {n}", one) for n, one in enumerate(value.args))]
         return [*named, *((f"keyword {name}", one) for name, one in value.keywords.items())]
-    slots = [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]
-    named = [(name, getattr(value, name)) for name in slots if not name.startswith("__")]
-    return [*getattr(value, "__dict__", {}).items(), *named]
+    return owned.fields(value)
 
 
 def _is_users(thing: Any) -> bool:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from chainrun.checkpoint.bits import fingerprint
-from chainrun.owned import FOREIGN, is_users_module, is_users_own
+from chainrun.owned import FOREIGN, fields, is_users_module, is_users_own
 from chainrun.training import carried, clocks, rng, variables
 from chainrun.training.liveness import PROPERTY, Code, is_in_a_loop
 from chainrun.training.variables import NoMark
@@ -419,23 +419,6 @@ def _top(kind: type) -> str:
 
 def _gives_state(kind: type) -> bool:
     return all(any(name in vars(one) for one in kind.__mro__) for name in ("state_dict", "load_state_dict"))
-
-
-def fields(value: Any) -> list[tuple[str, Any]]:
-    """Return an object's own attributes, those in slots too; no code of the user's runs."""
-    found: dict[str, Any] = {}
-    for kind in type(value).__mro__:
-        for name, slot in vars(kind).items():
-            if type(slot) is types.MemberDescriptorType and name != "__dict__":
-                try:
-                    found[name] = slot.__get__(value)
-                except AttributeError:  # not bound
-                    continue
-    try:
-        own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        own = {}
-    return [*found.items(), *(own.items() if type(own) is dict else ())]
 
 
 def belonging(roots: Iterable[Any]) -> list[Any]:

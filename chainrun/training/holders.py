@@ -11,8 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from chainrun.owned import is_users_own
-from chainrun.training.held import fields
+from chainrun.owned import fields, is_users_own
 from chainrun.training.variables import frames_within, locals_of
 
 _DEPTH, _WIDTH = 2, 64

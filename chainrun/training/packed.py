@@ -49,6 +49,9 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
     if not _is_container(value, depth) or not depth:
         return None
     size = 8 * len(value)
+    if kinds.base_of(kind):
+        parts = [kinds.content_of(value), kinds.attributes_of(value)]
+        return size_of(parts, most, depth)
     if _is_of_short_integers(value):
         return size
     # of many items some show whether they are state
@@ -111,7 +114,7 @@ def pack(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, np.ndarray):
-        return {"array": torch.from_numpy(value.copy())}
+        return {"array": torch.from_numpy(value.copy(order="K"))}
     if isinstance(value, np.generic):
         return {"scalar": torch.from_numpy(np.asarray(value))}
     if isinstance(value, Synchronized):
@@ -119,9 +122,10 @@ def pack(value: Any) -> Any:
     if isinstance(value, bytes):
         return {"bytes": value.hex()}  # no file holds empty ones
     if isinstance(value, enum.Enum):
-        return {"member": [kinds.named(type(value)), value.name]}
-    if base := kinds.base_of(type(value)):
-        return {"own": [kinds.named(type(value)), pack(base(base.items(value) if base is dict else value))]}
+        return {"member": [kinds.named(type(value)), kinds.name_of(value)]}
+    if kinds.base_of(type(value)):
+        parts = (kinds.content_of(value), kinds.attributes_of(value))
+        return {"own": [kinds.named(type(value)), *map(pack, parts)]}
     if isinstance(value, dict):
         content = [[pack(key) for key in value], [pack(one) for one in value.values()]]
         if isinstance(value, defaultdict):
@@ -174,7 +178,7 @@ def unpack(packed: Any) -> Any:
     if kind == "member":
         return kinds.member(*inner)
     if kind == "own":
-        return kinds.made_of(inner[0], unpack(inner[1]))
+        return kinds.made_of(inner[0], *map(unpack, inner[1:]))
     if kind == "bytes":
         return bytes.fromhex(inner)
     if kind == "deque":

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from chainrun.errors import RegisterError
-from chainrun.owned import is_users_own
-from chainrun.training.held import fields, functions_of
+from chainrun.owned import fields, is_users_own
+from chainrun.training.held import functions_of
 from chainrun.training.liveness import (
     Code,
     Key,

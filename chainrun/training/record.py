@@ -20,6 +20,7 @@ import xxhash
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from chainrun.checkpoint.bits import fingerprint
+from chainrun.checkpoint.objects import OWN
 from chainrun.rundir import append_lines
 from chainrun.training import rng, variables
 from chainrun.training.worker import Collate
@@ -51,6 +52,8 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if not items:
         yield path, tree
     for key, value in items:
+        if key == OWN:  # it may go by ids, which no other process has
+            continue
         yield from leaves(value, f"{path}.{key}" if path else str(key))
 
 
