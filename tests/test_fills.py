@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -111,16 +112,30 @@ def test_a_large_list_that_the_training_changed_is_told(change: Any, named: str,
     assert "give the data set state_dict and load_state_dict" in line
 
 
+class Sample:
+    def __init__(self) -> None:
+        self.weight, self.image = 1.0, None
+
+    def load(self) -> Any:
+        if self.image is None:
+            self.image = torch.zeros(2)
+        return self.image + self.size
+
+    @functools.cached_property
+    def size(self) -> int:
+        return 3
+
+
 class Sampled(Weighted):
-    """Many objects: of each it keeps what it has loaded, the training sets its weight."""
+    """Many objects: each keeps what it has loaded, the training sets its weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.samples = [Aware() for _ in range(100)]
+        self.samples = [Sample() for _ in range(100)]
 
-    def __getitem__(self, index: int) -> float:
+    def __getitem__(self, index: int) -> Any:
         self.samples[index].loaded = index  # type: ignore[attr-defined]
-        return super().__getitem__(index)
+        return super().__getitem__(index) + self.samples[index].load()
 
 
 def weighted(items: Any, step: int) -> None:

@@ -1108,12 +1108,101 @@ def test_what_the_training_replaces_by_another_one_is_exact_at_every_cut(workers
     cut_everywhere(train, least=16)
 
 
+LEVELS = [1.0, 0.5, 0.25]
+TASKS = {"easy": Task(1), "mid": Task(2), "hard": Task(3)}
+
+
+class Ring(list):
+    """A list with a place of its own in it."""
+
+    def __init__(self) -> None:
+        super().__init__([0.0] * 3)
+        self.place = 0
+
+    def push(self, value: float) -> None:
+        self[self.place] = value
+        self.place = (self.place + 1) % len(self)
+
+
+class Swapping(Noisy):
+    """What the training puts in the place of what others hold too."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.levels, self.task, self.draw = LEVELS, TASKS["easy"], self.weak
+        self.functions, self.scale = {"of": torch.sin}, functools.partial(scaled_by, by=1.0)
+        self.stages, self.ring, self.both, self.lists = (
+            collections.deque([Task(4), Task(5)]),
+            Ring(),
+            [1.0],
+            [[2.0], [3.0]],
+        )
+        self.kept, self.later, self.made = Task(6), Task(7), None
+
+    def weak(self, x: torch.Tensor) -> torch.Tensor:
+        return x + random.random()
+
+    def strong(self, x: torch.Tensor) -> torch.Tensor:
+        return x * random.random()
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        numbers = [
+            len(self.levels),
+            self.task.number,
+            self.stages[0].number,
+            *self.ring,
+            *self.both,
+            self.kept.number,
+        ]
+        x = self.draw(super().__getitem__(index) + sum(numbers) / 10)
+        return self.scale(self.functions["of"](x))
+
+    def train(self, loss: float, epoch: int) -> None:
+        self.levels = LEVELS[: epoch % 3]
+        self.task = TASKS[["mid", "easy", "hard", "easy"][epoch]]
+        self.draw = self.strong if epoch % 2 == 0 else self.weak
+        self.functions["of"] = torch.cos if epoch % 2 == 0 else torch.tanh
+        self.scale = functools.partial(scaled_by, by=loss)
+        self.stages.rotate(1)
+        self.ring.push(loss)
+        self.both = self.lists[epoch % 2]
+        self.lists[epoch % 2].append(loss)
+        if epoch % 2 == 0:
+            self.kept, self.later = self.later, self.kept
+        self.kept.number += 1
+
+
+def scaled_by(x: torch.Tensor, by: float) -> torch.Tensor:
+    return x * by
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_others_hold_is_not_written_to(workers: int) -> None:
+    """Where the training puts another one of the same kind in its place, that one is restored, and not the old one changed."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        items = Swapping()
+        model, optimizer = parts()
+        loader = DataLoader(items, batch_size=2, shuffle=True, num_workers=workers)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for epoch in run.epochs(4):
+            for batch in loader:
+                learn(run, model, optimizer, batch)
+            items.train(batch.abs().mean().item(), epoch)
+            assert [len(LEVELS), *(task.number for task in TASKS.values())] == [3, 1, 2, 3]
+            assert items.both is items.lists[epoch % 2]
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=16)
+
+
 def test_an_object_of_another_kind_in_a_data_set_is_told() -> None:
     """Nothing can make it again; that it is another one is said at the resume, also of one in a list."""
 
     def train(run: Any, DataLoader: Any) -> None:
         items = Noisy(4)
-        items.transform, items.more = Task(1), [Task(2)]  # type: ignore[attr-defined]
+        items.transform, items.more, items.made = Task(1), [Task(2)], None  # type: ignore[attr-defined]
+        items.level = 1.0  # type: ignore[attr-defined]
         loader = DataLoader(items, batch_size=2)
         run.register(loader=loader)
         for _ in run.epochs(2):
@@ -1121,8 +1210,11 @@ def test_an_object_of_another_kind_in_a_data_set_is_told() -> None:
                 run.step(batch=batch.sum())
             items.transform = Pace()  # type: ignore[attr-defined]
             items.more.append(Task(3))  # type: ignore[attr-defined]
+            items.made, items.level = Task(4), 2.0  # type: ignore[attr-defined]
+        assert items.level == 2.0  # type: ignore[attr-defined]
 
     said = cut(train, (3,)).said
+    assert any("'made' of Noisy" in line and "(Task then, NoneType here)" in line for line in said)
     assert any(
         "the attribute 'transform' of Noisy" in line and "(Pace then, Task here)" in line for line in said
     )

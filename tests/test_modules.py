@@ -756,6 +756,40 @@ def test_values_of_all_kinds_in_modules_are_exact_at_every_cut() -> None:
     cut_everywhere(train, least=8)
 
 
+@dataclasses.dataclass(slots=True)
+class Pace:
+    rate: float
+
+
+PACES = [Pace(1.0), Pace(0.5), Pace(0.25)]
+
+
+def test_what_is_replaced_in_a_module_is_not_written_to() -> None:
+    """Another object of the user's in its place, one of the module's own or one that others hold, is restored as that."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        model: Any = nn.Sequential(nn.Linear(3, 1))
+        model.pace, model.one, model.other = PACES[0], Strength(1.0), Schedule()
+        model.another = Schedule()
+        model.active = model.other
+        optimizer = optim.SGD(model.parameters(), lr=1e-3)
+        run.register(model=model, optimizer=optimizer)
+        step = updating(model, optimizer)
+        for n in run.steps(8):
+            run.step(
+                loss=step(
+                    n,
+                    torch.randn(4, 3) * (model.pace.rate + model.one.value + model.active() + model.other()),
+                )
+            )
+            model.pace = PACES[n % 3]
+            model.active = (model.other, model.another)[n % 2]
+            assert [pace.rate for pace in PACES] == [1.0, 0.5, 0.25]
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=8)
+
+
 def test_an_object_in_a_module_that_has_opened_a_file_is_left_alone() -> None:
     """Its count may tell that the file is open, which it is not in another process."""
 

@@ -442,9 +442,37 @@ class Settings(dict):
     __getattr__ = dict.__getitem__
 
 
+class Recent(collections.OrderedDict):
+    """Forgets what was asked for longest ago."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most = most
+
+    def ask(self, key: int) -> int:
+        self[key] = self.get(key, 0) + 1
+        self.move_to_end(key)
+        if len(self) > self.most:
+            self.popitem(last=False)
+        return next(iter(self))
+
+
+class Itself(dict):
+    """Its attributes are its keys."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path=path)
+        self.__dict__ = self
+
+
 class Phase(enum.Enum):
     WARM = "warm"
     COLD = "cold"
+
+
+class Parts(enum.Flag):
+    HEAD = 1
+    BODY = 2
 
 
 def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
@@ -472,6 +500,10 @@ def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
             "phase": Phase.WARM,
             "settings": Settings(noise=1.0),
             "seen": frozenset({0}),
+            "recent": Recent(2),
+            "itself": Itself("here"),
+            "parts": Parts.HEAD,
+            "transposed": np.arange(6.0).reshape(2, 3).T,
         }.items():
             state.setdefault(name, value)
         array = state["sums"]
@@ -485,14 +517,29 @@ def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
             state["settings"]["noise"] *= 0.5
             if n == 4:
                 state["phase"] = Phase.COLD
-            about = [state["counts"][1], array.sum(), sorted(state["seen"]), state["phase"].value]
+                state["parts"] |= Parts.BODY
+            state["itself"].gain = state["itself"].get("gain", 0) + n
+            about = [
+                state["recent"].ask(n % 4 % 3),
+                state["recent"].most,
+                state["itself"]["gain"],
+                state["parts"].value,
+            ]
+            about += [
+                state["counts"][1],
+                state["transposed"].strides,
+                array.sum(),
+                sorted(state["seen"]),
+                state["phase"].value,
+            ]
             about += [state["settings"].noise, *(float(one.gain.sum()) for one in state["memory"])]
             run.step(about=str(about), kept=str([(number, one.sum()) for number, one in buffer.items]))
         assert state["again"][0] is state["memory"] and state["memory"].maxlen == 4 and array is state["sums"]
         return [type(state[name]).__name__ for name in state], type(state["memory"][0]).__name__
 
     trained = sweep(train, 8)
-    assert trained.result[0] == ["deque", "list", "defaultdict", "ndarray", "Phase", "Settings", "frozenset"]
+    kinds_there = ["deque", "list", "defaultdict", "ndarray", "Phase", "Settings", "frozenset"]
+    assert trained.result[0] == [*kinds_there, "Recent", "Itself", "Parts", "ndarray"]
     cut(train, (2,), dir=tmp_path)
     file = next((tmp_path / "checkpoints").glob("step-*/rank-00000.pt"))
     saved = torch.load(file, weights_only=True)

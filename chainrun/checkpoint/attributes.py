@@ -12,7 +12,7 @@ import enum
 import marshal
 import types
 import weakref
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -70,7 +70,9 @@ def _mark(value: Any) -> bytes | str:
 def _split(value: Any) -> dict[str, Any]:
     """Return what a checkpoint holds in a value's place, and beside it the kinds: see `kinds.split`."""
     try:
-        return {"": value} if _is_state(value) else kinds.split({"": value})
+        # what is long is state only if it is plain, and costs too much to be looked through
+        is_long = isinstance(value, (list, tuple, dict, set, deque)) and len(value) > _WIDTH
+        return {"": value} if _is_state(value) or is_long else kinds.split({"": value})
     except RecursionError:  # it holds itself
         return {"": value}
 

@@ -27,6 +27,10 @@ PLACES = "numpys"
 
 FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, dict, set, deque, Counter)}
 """What may make the values of a defaultdict, by name."""
+_NUMBERS = {
+    *((kind, False) for kind in "biufc"),
+    ("c", True),
+}  # of NumPy, by kind and whether of more than 8 bytes
 _OF_CLASSES = ("own", "named", "member")
 _CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
 
@@ -59,7 +63,7 @@ def named(thing: Any) -> str | None:
     name = getattr(thing, "__name__", "")
     module, path = getattr(thing, "__module__", None), getattr(thing, "__qualname__", name)
     # builtin functions of torch and NumPy do not tell where they are
-    names = (f"{module}:{path}", f"torch:{name}", f"numpy:{name}")
+    names = (f"{module}:{path}", f"torch:{name}", f"numpy:{name}", f"builtins:{path}")
     return next((each for each in names if name and _found(each) is thing), None)
 
 
@@ -118,13 +122,15 @@ def content_of(value: Any) -> Any:
     return dict(dict.items(value)) if isinstance(value, dict) else [*list.__iter__(value)]
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
-    """Return the attributes of a dict or list of a class of the user's; without them where they are its keys."""
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of a dict or list of a class of the user's; None where they are its keys."""
     own = getattr(value, "__dict__", None)
+    if own is value:
+        return None
     return {**own} if type(own) is dict else {}
 
 
-def fill(thing: Any, content: Any, attributes: dict[str, Any]) -> None:
+def fill(thing: Any, content: Any, attributes: dict[str, Any] | None) -> None:
     """Give a dict or list of whatever class this content and these attributes; none of its own methods is called."""
     if isinstance(thing, dict):
         base = OrderedDict if isinstance(thing, OrderedDict) else dict
@@ -134,7 +140,9 @@ def fill(thing: Any, content: Any, attributes: dict[str, Any]) -> None:
     else:
         list.__setitem__(thing, slice(None), content)
     own = getattr(thing, "__dict__", None)
-    if type(own) is dict:
+    if attributes is None:
+        object.__setattr__(thing, "__dict__", thing)
+    elif type(own) is dict:
         own.clear()
         own.update(attributes)
 
@@ -143,7 +151,8 @@ def is_plain_array(value: Any) -> bool:
     """Whether a NumPy array or number has content that a tensor holds; matrices and masked arrays have more."""
     kind = type(value)
     known = kind is np.ndarray or issubclass(kind, np.generic)
-    return known and value.dtype.kind in "biufc" and bool(value.dtype.isnative)
+    size = value.dtype.itemsize if known else 0
+    return known and (value.dtype.kind, size > 8) in _NUMBERS and size <= 16 and bool(value.dtype.isnative)
 
 
 def _plain(value: Any) -> tuple[Any, Any]:
@@ -215,13 +224,10 @@ def member(name: str, of: Any) -> Any:
     return kind[of] if isinstance(of, str) else kind(of)
 
 
-def made_of(name: str, content: Any, attributes: dict[str, Any]) -> Any:
+def made_of(name: str, content: Any, attributes: dict[str, Any] | None) -> Any:
     """Return an object of a user's class that is a dict or a list."""
     kind = found_again(name, dict, list)
-    try:
-        made = kind()
-    except Exception:  # it wants arguments
-        made = kind.__new__(kind)
+    made = kind.__new__(kind)  # what its __init__ does was done when it was made
     fill(made, content, attributes)
     return made
 

@@ -6,6 +6,7 @@ import gc
 import sys
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -276,8 +277,10 @@ class _Optimizer:
     def _is_of_torchs_form(self, found: Any) -> bool:
         if not isinstance(found, dict) or not {"state", "param_groups"} <= found.keys():
             return False
+        if not isinstance(found["state"], dict):
+            return False
         states = [self._optimizer.state.get(parameter, {}) for parameter in self.parameters]
-        return all(found["state"].get(n, {}).keys() == state.keys() for n, state in enumerate(states))
+        return all(_keys(found["state"].get(n, {})) == _keys(state) for n, state in enumerate(states))
 
     def groups(self, names: dict[int, str]) -> list[list[str | None]]:
         """Return the names of the parameters of each group, None where nobody knows one."""
@@ -374,6 +377,12 @@ def _complete(name: str, optimizer: torch.optim.Optimizer) -> None:
     try:
         torch.optim.Optimizer.__setstate__(optimizer, {})  # as when one is unpickled
         missing = [each for each in ("param_groups", "state") if not hasattr(optimizer, each)]
+        hooks = [each for each in vars(optimizer) if each.startswith("_optimizer_")]
+        for each in hooks:
+            if not hasattr(
+                type(optimizer), each
+            ):  # the class's step(), which is the others' too, asks for them now
+                setattr(type(optimizer), each, OrderedDict())
     except AttributeError as error:
         missing = [str(error)]
     if missing:
@@ -381,6 +390,10 @@ def _complete(name: str, optimizer: torch.optim.Optimizer) -> None:
             f"register({name}=...) was given a {type(optimizer).__name__} whose __init__ does not call "
             f"super().__init__(params, defaults) and that has not all that torch needs ({', '.join(missing)}): call it"
         )
+
+
+def _keys(state: Any) -> Any:
+    return {*state} if isinstance(state, dict) else type(state)
 
 
 def _is_plain(value: Any) -> bool:

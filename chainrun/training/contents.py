@@ -9,6 +9,7 @@ A map-style data set may hold a cache, which is no state and may be large: there
 from __future__ import annotations
 
 import argparse
+import copy
 import enum
 import functools
 import marshal
@@ -16,7 +17,7 @@ import os
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any
 
@@ -43,12 +44,18 @@ from chainrun.training.packed import (
 
 # what is no open file
 _HOLDS = (str, bytes, list, tuple, dict, set, frozenset, deque, np.ndarray, torch.Tensor, enum.Enum)
-_CODE = (types.FunctionType, types.BuiltinFunctionType, type)
-_WHICH = {"is", "code", "objects", "kind"}  # the keys of what tells which one a value is
+_MUTABLE = (list, dict, set, deque, np.ndarray, torch.Tensor)
+_OF_OBJECTS = (list, tuple, dict, deque)  # in which one by one is told from others
+_CODE = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType),
+    *(np.ufunc, functools._lru_cache_wrapper, type),
+)
+_WHICH = {"is", "code", "bound", "objects", "kind"}  # the keys of what tells which one a value is
 _DEPTH = 6  # how deep objects are looked for
 WIDTH = 64
 """In how long containers objects are looked for."""
 _NOT_STATE: Any = object()
+_NOTHING: Mapping[Any, Any] = types.MappingProxyType({})
 
 
 class Contents:
@@ -56,6 +63,7 @@ class Contents:
 
     State are numbers, strings that are no paths, and lists, tuples, dicts, sets, deques, arrays and tensors of them.
     Of what is none: which one it is of those that were there when it was built, or which function or class by its name.
+    What the training has put in the place of another object is not written into that one, which others may hold.
 
     Args:
         dataset: as it was built; or a function, whose attributes, defaults and variables from around it are looked at.
@@ -68,20 +76,33 @@ class Contents:
         self.thing, self.caches, self._large = dataset, caches, large
         self._known: dict[str, tuple[bytes, Any]] = {}  # by place: a value's mark, and what it is encoded as
         self._left_alone: set[str] = set()  # the paths of objects with files
-        self._there: dict[int, tuple[str, Any]] = {}  # by id: where an object was that is no state, and it
-        self._names: dict[int, str] = {}  # those of its owners
+        self._objects: dict[
+            str, Any
+        ] = {}  # what may be told from others of its kind, by where it was when built
+        self._places: dict[int, str] = {}  # of those, by their ids
+        self._owners: dict[
+            str, Any
+        ] = {}  # those that were there: what they hold counts also while they are put aside
+        self._owners = self.owners()
+        for path, owner in self._owners.items():
+            self._note(path, owner)
         for path, owner in self.owners().items():
-            self._there[id(owner)] = path, owner
             for name, value in carried.fields(owner):
-                for at, one in _others_in(value):
-                    self._there.setdefault(id(one), (f"{path}.{name}{at}", one))
-        self._names = {key: path for key, (path, _) in self._there.items()}
-        self._objects = dict(self._there.values())
+                for at, one in _objects_of(value):
+                    self._note(f"{path}.{name}{at}", one)
         self._built: dict[str, Any] | None = None
         self._built = self._all()
 
+    def _note(self, place: str, one: Any) -> None:
+        self._objects[place] = one
+        self._places.setdefault(id(one), place)
+
     def _all(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        return {place: packed for place, (packed, _) in self._look().items()}
+
+    def _look(self) -> dict[str, tuple[Any, Any]]:
+        """Return what is saved of each value, and the value, by its place."""
+        found: dict[str, tuple[Any, Any]] = {}
         for path, owner in self.owners().items():
             mine = {}
             for name, value in carried.fields(owner):
@@ -89,27 +110,36 @@ class Contents:
                 packed = self._encoded(place, value)
                 if packed is _NOT_STATE:
                     packed = self._which(value)
-                    # it was none of what has a content, and is not what a file is opened in
-                    if self._built is not None and _kind_in(packed) and not _is_which(self._built.get(place)):
-                        packed = _NOT_STATE
-                        if self.caches and not isinstance(value, _HOLDS):
+                    # what had a content, or was not there: a file may have been opened, or a cache filled
+                    if (
+                        self._built is not None
+                        and _kinds_in(packed)
+                        and not _is_which(self._built.get(place))
+                    ):
+                        if isinstance(value, _HOLDS):
+                            continue
+                        if self.caches and not _is_plain(value):
                             self._left_alone.add(path)
-                if packed is not _NOT_STATE:
-                    mine[place] = packed
+                mine[place] = packed, value
             if path not in self._left_alone:
                 found |= mine
         return found
 
-    def _which(self, value: Any, depth: int = 1) -> Any:
+    def _which(self, value: Any, depth: int = 3) -> Any:
         """Return which one a value is of those that were there, or which function or class: else of which kind."""
-        if id(value) in self._there:
-            return {"is": self._there[id(value)][0]}
+        if not isinstance(value, _MUTABLE) and id(value) in self._places:
+            return {"is": self._places[id(value)]}
         if isinstance(value, _CODE) and (name := kinds.named(value)):
             return {"code": name}
-        if type(value) in (list, tuple) and len(value) <= WIDTH and depth:
-            parts = [self._which(one, 0) if size_of(one, LARGE) is None else pack(one) for one in value]
-            if not any(map(_kind_in, parts)):
-                return {"objects": [type(value).__name__, parts]}
+        if isinstance(value, types.MethodType) and id(value.__self__) in self._places:
+            return {"bound": [self._places[id(value.__self__)], value.__func__.__name__]}
+        if type(value) in _OF_OBJECTS and len(value) <= WIDTH and depth and _has_plain_keys(value):
+            parts = [
+                pack(one) if size_of(one, LARGE) is not None else self._which(one, depth - 1)
+                for one in _items(value)
+            ]
+            keys = [*map(pack, value)] if isinstance(value, dict) else [getattr(value, "maxlen", None)]
+            return {"objects": [type(value).__name__, keys, parts, _described(value)]}
         return {"kind": _described(value)}
 
     def _encoded(self, place: str, value: Any) -> Any:
@@ -126,55 +156,91 @@ class Contents:
 
     def owners(self) -> dict[str, Any]:
         """Return the data set and the user's objects in it, by their places."""
-        return _owners(self.thing, lambda one: True, self._names)
+        return _owners(self.thing, lambda one: True, self._places, self._owners)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is not as it was built: the content, of what is large a mark."""
-        built = self._built or {}
-        return {p: value for p, value in self._all().items() if p not in built or not equal(value, built[p])}
+        """Return what is not as it was built: the content, of what is large a mark; and where another object is."""
+        built, state = self._built or {}, {}
+        for place, (packed, value) in self._look().items():
+            moved = (
+                self._moved(place, value) if isinstance(value, _MUTABLE) and not _is_large(packed) else None
+            )
+            if moved is not None:
+                state[place] = moved if "is" in moved else {"new": packed}
+            elif place not in built or not equal(packed, built[place]):
+                state[place] = packed
+        return state
+
+    def _moved(self, place: str, value: Any) -> dict[str, Any] | None:
+        """Return where a container was that is another one than there was, or that it is new; None of the same one."""
+        if value is self._objects.get(place, _NOT_STATE):
+            return None
+        if id(value) in self._places:
+            return {"is": self._places[id(value)]}
+        return {"new": None} if place in self._objects else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set all that is small, in place where others may know it; `check` tells of the rest."""
-        owners, now = self.owners(), self._all()
         others = tuple(f"{place}." for place, _, _ in self.replaced(state))
-        for place, value in {**(self._built or {}), **state}.items():
-            path, _, name = place.rpartition(".")
-            if path in self._left_alone or path not in owners or place.startswith(others):
-                continue
-            if not (place in now and equal(value, now[place])):
-                if _is_which(value):
-                    _put(owners[path], name, self._made(value, dict(carried.fields(owners[path])).get(name)))
-                else:
-                    _set(owners[path], name, value)
+        values = {
+            place: value
+            for place, value in {**(self._built or {}), **state}.items()
+            if not place.startswith(others)
+        }
+        which = {place: value for place, value in values.items() if _is_which(_content(value))}
+        # first which objects are where, those in new ones then; at last what they hold
+        for part in (which, which, {place: value for place, value in values.items() if place not in which}):
+            self._load(part)
 
-    def _made(self, which: Any, live: Any = None) -> Any:
-        """Return the value; a list in place, if there is one."""
-        ((how, what),) = which.items()
+    def _load(self, state: dict[str, Any]) -> None:
+        owners, now = self.owners(), self._all()
+        for place, value in state.items():
+            path, _, name = place.rpartition(".")
+            if path not in self._left_alone and path in owners:
+                live, content = dict(carried.fields(owners[path])).get(name), _content(value)
+                is_new = content is not value and live is self._objects.get(place)
+                if is_new or not (place in now and equal(content, now[place])):
+                    made = self._made(content, live)
+                    if not is_new and "objects" in _keys(content):
+                        made = _with_items(live, made)
+                    elif not is_new and not _is_which(content):
+                        made = refilled(live, made)
+                    _put(owners[path], name, made)
+
+    def _made(self, packed: Any, live: Any) -> Any:
+        """Return a value; one of which only the kind is known is a copy of what is there, which others may hold."""
+        if _is_large(packed):
+            return live
+        if not _is_which(packed):
+            return unpack(packed)
+        ((how, what),) = packed.items()
         if how == "is":
-            return self._objects.get(what, _NOT_STATE)
+            return self._objects.get(what, live)
         if how == "code":
             return kinds.found_again(what)
-        if how == "objects":
-            items = [self._made(one) if _is_which(one) else unpack(one) for one in what[1]]
-            if any(one is _NOT_STATE for one in items):
-                return _NOT_STATE
-            if what[0] == "tuple":
-                return tuple(items)
-            made = live if type(live) is list else []
-            made[:] = items
-            return made
-        return _NOT_STATE
+        if how == "bound":
+            return getattr(self._objects.get(what[0]), what[1], live)
+        if how == "kind":
+            return _copied(live) if what == _described(live) and id(live) in self._places else live
+        kind, keys, parts, _ = what
+        if _is_lost(packed, live):
+            return live
+        there = [*_items(live)] if type(live).__name__ == kind else []
+        items: Any = [self._made(one, there[n] if n < len(there) else None) for n, one in enumerate(parts)]
+        if kind == "deque":
+            return deque(items, keys[0])
+        if kind == "dict":
+            return dict(zip(map(unpack, keys), items, strict=True))
+        return tuple(items) if kind == "tuple" else items
 
     def replaced(self, state: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-        """Yield the places where an object of another kind is than there was, of which only the kind is known; both kinds."""
+        """Yield the places where objects of another kind are than there were, of which only that is known; both kinds."""
         owners = self.owners()
         for place, value in state.items():
             path, _, name = place.rpartition(".")
-            if then := _kind_in(value):
-                live = dict(carried.fields(owners[path])).get(name) if path in owners else None
-                now = _described(live)
-                if now != then:
-                    yield place, then, now
+            live = dict(carried.fields(owners[path])).get(name) if path in owners else None
+            if path in owners and _is_lost(_content(value), live):
+                yield place, _kinds_in(value), _described(live)
 
     def check(self, state: dict[str, Any], where: str) -> None:
         """See that what is too large to be carried is what it was.
@@ -183,7 +249,7 @@ class Contents:
             RestoreError: it is not.
         """
         for path, value in self._all().items():
-            then = state.get(path, (self._built or {}).get(path))
+            then = _content(state.get(path, (self._built or {}).get(path)))
             if self.caches and not (_has_sample(value) and _has_sample(then)):
                 continue  # a cache that has grown
             if (_is_large(value) or _is_large(then)) and not equal(value, then):
@@ -232,7 +298,13 @@ class Attributes:
                     yield f"{path}.{name}".removeprefix("."), value
 
     def _all(self) -> dict[str, Any]:
-        return {place: pack(value) for place, value in self._fields() if _is_state(value)}
+        found = {}
+        for place, value in self._fields():
+            if _is_state(value):
+                found[place] = pack(value)
+            elif isinstance(value, _CODE) and (name := kinds.named(value)):
+                found[place] = {"code": name}
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Return those that are not as they were built."""
@@ -246,25 +318,34 @@ class Attributes:
             path, _, name = place.rpartition(".")
             owner = owners.get(f".{path}" if path else "")
             if owner is not None and (place not in now or not equal(value, now[place])):
-                _set(owner, name, value)
+                if _is_which(value):
+                    _put(owner, name, kinds.found_again(value["code"]))
+                else:
+                    _set(owner, name, value)
 
 
 def _owners(
-    root: Any, is_followed: Callable[[Any], bool], names: Mapping[int, str] = types.MappingProxyType({})
+    root: Any,
+    is_followed: Callable[[Any], bool],
+    names: Mapping[int, str] = _NOTHING,
+    others: Mapping[str, Any] = _NOTHING,
 ) -> dict[str, Any]:
     """Return an object and the user's objects in it, by their places.
 
     Args:
         names: the places of some, by their ids, whatever leads to them now.
+        others: objects that are looked at too, whatever leads to them, by their places.
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
-    todo: list[tuple[str, Any, int]] = [("", root, _DEPTH)]
+    taken = {*names.values()}
+    todo: list[tuple[str, Any, int]] = [*((path, one, 1) for path, one in others.items()), ("", root, _DEPTH)]
     while todo:
         path, owner, depth = todo.pop()
         if id(owner) not in seen:
             seen.add(id(owner))
-            path = names.get(id(owner), path)
+            # that of another one that was there, whatever has come in its place
+            path = names.get(id(owner), f"{path}'" if path in taken else path)
             found[path] = owner
             for name, value in carried.fields(owner) if depth else ():
                 inside = ((at, one) for at, one in _objects_in(value) if is_followed(one))
@@ -291,7 +372,12 @@ def _is_path(value: Any) -> bool:
 
 def of_parts(*parts: Any, large: bool = True) -> list[Contents]:
     """Return the contents of a map-style data set and a collate function, as far as these have no state_dict."""
-    found = [getattr(part, "__func__", part) for part in parts]
+    found = []
+    for part in parts:
+        found.append(getattr(part, "__func__", part))
+        owner = getattr(part, "__self__", None) if isinstance(part, types.MethodType) else None
+        if owner is not None and not any(owner is one for one in parts) and not _trains(owner):
+            found.append(owner)  # an object that collates
     keeping = [one for one in found if not isinstance(one, types.FunctionType) or carried.fields(one)]
     return [Contents(one, caches=True, large=large) for one in keeping if not carried.is_stateful(one)]
 
@@ -307,39 +393,125 @@ def check(carriers: list[carried.Carrier], states: list[Any], where: str) -> Non
             carrier.check(state, where)
 
 
-def _others_in(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield a value and those in a short container, as far as they are no state; and where."""
-    if size_of(value, LARGE) is not None or _is_path(value):
-        return
-    if type(value) in (list, tuple, dict):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        inside = ((f"[{key!r}]", one) for key, one in items if len(value) <= WIDTH)
-        yield from ((at, one) for at, one in inside if size_of(one, LARGE) is None)
-    else:
+def _objects_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what may be told from others of its kind, of a value and of what is in it where it is short; and where."""
+    if isinstance(value, _MUTABLE):
+        if not is_large_container(value) and (size_of(value, LARGE) or 0) <= LARGE:
+            yield "", value
+    elif (
+        size_of(value, LARGE) is None
+        and not _is_path(value)
+        and not isinstance(value, (tuple, types.MethodType))
+    ):
         yield "", value
+    if type(value) in _OF_OBJECTS and len(value) <= WIDTH:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from (
+            (f"[{key!r}]", one)
+            for key, one in items
+            if size_of(one, LARGE) is None and not isinstance(one, _HOLDS)
+        )
+
+
+def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
+    """Whether an object holds nothing like a file: a function, or one of the user's with values and such objects in it."""
+    if isinstance(value, (*_CODE, *_HOLDS)) or size_of(value, LARGE) is not None:
+        return True
+    if not depth or not (isinstance(value, functools.partial) or _is_followed(type(value))):  # type: ignore[arg-type]
+        return False
+    return all(_is_plain(one, depth - 1) for _, one in carried.fields(value))
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy with containers of its own; of a function one with variables around it of its own."""
+    if not isinstance(value, types.FunctionType):
+        made = copy.copy(value)
+        for name, one in carried.fields(made):
+            if isinstance(one, _MUTABLE) and (size_of(one, LARGE) or 0) <= LARGE:
+                _put(made, name, one.clone() if isinstance(one, torch.Tensor) else copy.copy(one))
+        return made
+    cells = tuple(types.CellType(cell.cell_contents) for cell in value.__closure__ or ())
+    code, names = value.__code__, value.__globals__
+    return functools.update_wrapper(
+        types.FunctionType(code, names, value.__name__, value.__defaults__, cells), value
+    )
 
 
 def kind_of(value: Any) -> str:
     """Return the name of a function or a class, of all else that of its class."""
+    if isinstance(value, functools.partial):
+        return f"partial({kind_of(value.func)})"
     if not isinstance(value, _CODE):
         return type(value).__qualname__
     is_lambda = isinstance(value, types.FunctionType) and value.__name__ == "<lambda>"
     line = f" in line {value.__code__.co_firstlineno}" if is_lambda else ""  # type: ignore[union-attr]
-    return f"{value.__qualname__}{line}"
+    return f"{getattr(value, '__qualname__', value.__name__)}{line}"
 
 
 def _described(value: Any) -> str:
-    if type(value) in (list, tuple) and len(value) <= WIDTH:
+    if type(value) is dict and len(value) <= WIDTH:
+        return f"{{{', '.join(f'{key!r}: {kind_of(one)}' for key, one in value.items())}}}"
+    if type(value) in _OF_OBJECTS and len(value) <= WIDTH:
         return f"[{', '.join(map(kind_of, value))}]"
     return kind_of(value)
 
 
+def _keys(packed: Any) -> set[str]:
+    return {*packed} if isinstance(packed, dict) else set()
+
+
+def _content(packed: Any) -> Any:
+    return packed["new"] if "new" in _keys(packed) else packed
+
+
 def _is_which(packed: Any) -> bool:
-    return isinstance(packed, dict) and not packed.keys().isdisjoint(_WHICH)
+    return not _keys(packed).isdisjoint(_WHICH)
 
 
-def _kind_in(packed: Any) -> str:
-    return packed.get("kind", "") if isinstance(packed, dict) else ""
+def _kinds_in(packed: Any) -> str:
+    """Return the kind of an object of which only that is known, or those of a container with such ones in it."""
+    content = _content(packed)
+    if "objects" in _keys(content):
+        *_, parts, described = content["objects"]
+        return str(described) if any(map(_kinds_in, parts)) else ""
+    return str(content["kind"]) if "kind" in _keys(content) else ""
+
+
+def _is_lost(packed: Any, live: Any) -> bool:
+    """Whether objects of which only the kind is known are of another kind here."""
+    if "objects" not in _keys(packed):
+        return bool(_kinds_in(packed)) and _kinds_in(packed) != _described(live)
+    kind, _, parts, _ = packed["objects"]
+    there = [*_items(live)] if type(live).__name__ == kind else []
+    return any(_kinds_in(one) and (n >= len(there) or _is_lost(one, there[n])) for n, one in enumerate(parts))
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _with_items(live: Any, value: Any) -> Any:
+    """Return a container with these items, the same one if there is one."""
+    if (
+        live is value
+        or type(live) is not type(value)
+        or getattr(live, "maxlen", 0) != getattr(value, "maxlen", 0)
+    ):
+        return value
+    if isinstance(live, (list, deque)):
+        items = [*value]
+        live.clear()
+        live.extend(items)
+    elif isinstance(live, dict):
+        live.clear()
+        live.update(value)
+    else:
+        return value
+    return live
+
+
+def _has_plain_keys(value: Any) -> bool:
+    return not isinstance(value, dict) or all(size_of(key, LARGE) is not None for key in value)
 
 
 def replaced(carriers: list[carried.Carrier], states: list[Any]) -> Iterator[str]:
@@ -439,5 +611,19 @@ def _put(owner: Any, name: str, value: Any) -> None:
     elif isinstance(owner, types.FunctionType) and name in owner.__code__.co_freevars:
         cells = dict(zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True))
         cells[name].cell_contents = value
-    elif name in vars(owner):
+    elif isinstance(owner, functools.partial):
+        _put_into_partial(owner, name, value)
+    elif isinstance(owner, types.FunctionType) and name not in owner.__code__.co_varnames:  # no default
         setattr(owner, name, value)
+
+
+def _put_into_partial(owner: functools.partial[Any], name: str, value: Any) -> None:
+    function, arguments, named = owner.func, [*owner.args], dict(owner.keywords)
+    what, _, which = name.partition(" ")
+    if what == "argument":
+        arguments[int(which)] = value
+    elif what == "keyword":
+        named[which] = value
+    elif what == "func":
+        function = value
+    owner.__setstate__((function, tuple(arguments), named, vars(owner)))  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import dis
 import re
 import types
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 from chainrun.checkpoint.bits import fingerprint
@@ -37,6 +38,7 @@ class Fills:
 
     def __init__(self, parts: Iterable[Any]) -> None:
         self._parts = [part for part in parts if isinstance(part, Contents) and part.caches]
+        self._names = _names_in_many(self._parts)
 
     def marks(self) -> dict[str, list[Any]]:
         """Return the length and a fingerprint of some items of each, by its place."""
@@ -49,23 +51,25 @@ class Fills:
                 for name, value in carried.fields(owner)
                 if is_large_container(value) or _is_of_many_objects(value)
             }
-            names = filled_while_loading(owners.values()) if large else set()
-            found |= {
-                p: _mark(value, names) for p, value in large.items() if p.rpartition(".")[2] not in names
-            }
+            names = self._filled(owners, large.values()) if large else set()
+            mine = {place: value for place, value in large.items() if place.rpartition(".")[2] not in names}
+            found |= {place: self._mark(value, names) for place, value in mine.items()}
         return found
 
     def changed(self, then: dict[str, list[Any]]) -> Iterator[str]:
         """Yield what to tell of those that are not what they were when `marks` returned this."""
         for number, part in enumerate(self._parts):
             owners = part.owners()
-            names = filled_while_loading(owners.values()) if then else set()
-            for place, mark in then.items():
+            there = {
+                f"{number}{path}.{name}": value
+                for path, owner in owners.items()
+                for name, value in carried.fields(owner)
+                if f"{number}{path}.{name}" in then and value is not None
+            }
+            names = self._filled(owners, there.values()) if there else set()
+            for place, live in there.items():
                 path, _, name = place.removeprefix(str(number)).rpartition(".")
-                live = dict(carried.fields(owners[path])).get(name) if path in owners else None
-                if not place.startswith(f"{number}.") or live is None:
-                    continue
-                now = _mark(live, names)
+                mark, now = then[place], self._mark(live, names)
                 if now != mark:
                     what = f"{mark[0]:,} items then, {now[0]:,} here" if now[0] != mark[0] else "other items"
                     yield (
@@ -75,24 +79,36 @@ class Fills:
                         "load_state_dict"
                     )
 
+    def _filled(self, owners: dict[str, Any], large: Iterable[Any]) -> set[str]:
+        """Return the names of attributes that the owners, and the objects in long lists, set while they load."""
+        many = [value[0] for value in large if _is_of_many_objects(value)]
+        return filled_while_loading([*owners.values(), *many])
+
+    def _mark(self, value: Any, names: set[str]) -> list[Any]:
+        """Return the length and a fingerprint of some items, of objects without the attributes of these names."""
+        try:
+            size = len(value)
+        except TypeError:
+            return [0, ""]
+        if _is_of_many_objects(value):
+            known = self._names.get(type(value[0]).__qualname__, set()) - names
+            value = [{n: v for n, v in carried.fields(one) if n in known} for one in some(value)]
+        try:
+            return [size, fingerprint(without_folders(sample(value)))]
+        except Exception:  # items that have no fingerprint
+            return [size, ""]
+
+
+def _names_in_many(parts: Iterable[Contents]) -> dict[str, set[str]]:
+    """Return the attributes, by class, that the objects in long lists have when they are built: no cache."""
+    owners = [owner for part in parts for owner in part.owners().values()]
+    many = [value[0] for owner in owners for _, value in carried.fields(owner) if _is_of_many_objects(value)]
+    return {type(one).__qualname__: {name for name, _ in carried.fields(one)} for one in many}
+
 
 def _is_of_many_objects(value: Any) -> bool:
     """Whether it is a list of objects of the user's that is too long for them to be looked at one by one."""
     return type(value) in (list, tuple) and len(value) > WIDTH and is_users_own(type(value[0]))
-
-
-def _mark(value: Any, names: set[str]) -> list[Any]:
-    """Return the length and a fingerprint of some items, of objects without the attributes of these names."""
-    try:
-        size = len(value)
-    except TypeError:
-        return [0, ""]
-    if _is_of_many_objects(value):
-        value = [{n: v for n, v in carried.fields(one) if n not in names} for one in some(value)]
-    try:
-        return [size, fingerprint(without_folders(sample(value)))]
-    except Exception:  # items that have no fingerprint
-        return [size, ""]
 
 
 def filled_while_loading(owners: Iterable[Any]) -> set[str]:
@@ -106,7 +122,7 @@ def filled_while_loading(owners: Iterable[Any]) -> set[str]:
             if isinstance(inner, types.FunctionType):
                 methods.setdefault(name, []).append(inner)
     todo = [function for name in _ENTRIES for function in methods.get(name, ())]
-    found: set[str] = set()
+    found = {name for kind in kinds for name, one in vars(kind).items() if isinstance(one, cached_property)}
     known: set[types.CodeType] = set()
     while todo and len(known) < _CODES:
         function = todo.pop()

@@ -38,6 +38,8 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
         return 8 if kind is not int or value.bit_length() < 2000 else None
     if kind in (str, bytes):
         return 8 + len(value)
+    if kind is range:
+        return 24
     if kind in _NAMES or kinds.is_member(value):
         return 8
     if kind is torch.Tensor and value.layout is torch.strided and not value.is_nested:
@@ -119,6 +121,8 @@ def pack(value: Any) -> Any:
         return {"scalar": torch.from_numpy(np.asarray(value))}
     if isinstance(value, Synchronized):
         return {"shared": value.value}
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}  # no file holds empty ones
     if isinstance(value, enum.Enum):
@@ -179,6 +183,8 @@ def unpack(packed: Any) -> Any:
         return kinds.member(*inner)
     if kind == "own":
         return kinds.made_of(inner[0], *map(unpack, inner[1:]))
+    if kind == "range":
+        return range(*inner)
     if kind == "bytes":
         return bytes.fromhex(inner)
     if kind == "deque":
