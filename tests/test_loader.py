@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -1194,6 +1195,46 @@ def test_what_others_hold_is_not_written_to(workers: int) -> None:
         return digest(model.state_dict())
 
     cut_everywhere(train, least=16)
+
+
+def test_a_list_that_a_sampler_no_longer_has_is_not_written_to() -> None:
+    """`sampler.indices = order[:k]` leaves `order` alone, which the training goes on to use; a function comes back too."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        order, weights = [5, 3, 1, 0, 2, 4], torch.arange(6.0) + 1
+        sampler: Any = data.SubsetRandomSampler(order)
+        sampler.by = torch.sin
+        weighted: Any = data.WeightedRandomSampler(weights, 6)  # type: ignore[arg-type]
+        model, optimizer = parts()
+        loader = DataLoader(Noisy(6), batch_size=2, sampler=sampler)
+        second = DataLoader(Noisy(6), batch_size=3, sampler=weighted)
+        run.register(model=model, optimizer=optimizer, loader=loader, second=second)
+        for epoch in run.epochs(3):
+            for batch, other in zip(loader, second, strict=False):
+                learn(run, model, optimizer, batch + other[:1] * sampler.by(torch.tensor(1.0)))
+            sampler.indices, sampler.by = order[epoch : epoch + 5], torch.cos
+            weighted.weights = weights**epoch
+            assert [order, weights.tolist()] == [[5, 3, 1, 0, 2, 4], [1, 2, 3, 4, 5, 6]]
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=6)
+
+
+def test_what_a_data_set_rids_itself_of_is_not_kept() -> None:
+    """An index in memory that is let go is not held by what follows the attributes."""
+
+    class Table:
+        pass
+
+    Table.__module__ = "installed"
+    items: Any = Noisy(4)
+    items.table = Table()
+    there = weakref.ref(items.table)
+    found = contents.Contents(items, caches=True)
+    items.table = None
+    gc.collect()
+    assert there() is None
+    assert found.state_dict() == {".table": None}
 
 
 def test_an_object_of_another_kind_in_a_data_set_is_told() -> None:

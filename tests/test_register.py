@@ -552,6 +552,21 @@ def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
     assert type(apart["items"]).__name__ == "deque"
 
 
+def test_the_order_of_a_set_is_not_restored() -> None:
+    """It depends on what was in it before: only its members are."""
+
+    def train(run: Any, DataLoader: Any) -> list[int]:
+        pool = run.state.setdefault("pool", {*range(0, 4096, 64)})
+        for n in run.steps(60):
+            pool.discard(64 * n)
+            run.step()
+        return [*pool]
+
+    reference, trained = plain(train).result, cut(train, (59,)).result
+    assert sorted(trained) == sorted(reference)
+    assert trained != reference
+
+
 def test_state_that_no_checkpoint_can_hold_is_refused_at_the_first_step() -> None:
     """Not at the first save, which may be that of the job's last seconds; asking for it draws nothing from the streams."""
 

@@ -16,6 +16,7 @@ import marshal
 import os
 import sys
 import types
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.sharedctypes import Synchronized
@@ -76,9 +77,8 @@ class Contents:
         self.thing, self.caches, self._large = dataset, caches, large
         self._known: dict[str, tuple[bytes, Any]] = {}  # by place: a value's mark, and what it is encoded as
         self._left_alone: set[str] = set()  # the paths of objects with files
-        self._objects: dict[
-            str, Any
-        ] = {}  # what may be told from others of its kind, by where it was when built
+        # what may be told from others of its kind, by where it was when built; called, it is given, if it is still there
+        self._objects: dict[str, Callable[[], Any]] = {}
         self._places: dict[int, str] = {}  # of those, by their ids
         self._owners: dict[
             str, Any
@@ -94,8 +94,20 @@ class Contents:
         self._built = self._all()
 
     def _note(self, place: str, one: Any) -> None:
-        self._objects[place] = one
+        own = isinstance(one, (*_CODE, *_MUTABLE)) or _is_followed(type(one))  # type: ignore[arg-type]
+        try:  # of an index or a table in memory a data set may rid itself
+            self._objects[place] = (lambda: one) if own else weakref.ref(one)
+        except TypeError:
+            self._objects[place] = lambda: one
         self._places.setdefault(id(one), place)
+
+    def _there(self, place: str) -> Any:
+        return self._objects[place]() if place in self._objects else None
+
+    def _place_of(self, one: Any) -> str | None:
+        """Return where an object was that was there."""
+        place = self._places.get(id(one))
+        return place if place is not None and self._there(place) is one else None
 
     def _all(self) -> dict[str, Any]:
         return {place: packed for place, (packed, _) in self._look().items()}
@@ -127,12 +139,12 @@ class Contents:
 
     def _which(self, value: Any, depth: int = 3) -> Any:
         """Return which one a value is of those that were there, or which function or class: else of which kind."""
-        if not isinstance(value, _MUTABLE) and id(value) in self._places:
-            return {"is": self._places[id(value)]}
+        if not isinstance(value, _MUTABLE) and (place := self._place_of(value)) is not None:
+            return {"is": place}
         if isinstance(value, _CODE) and (name := kinds.named(value)):
             return {"code": name}
-        if isinstance(value, types.MethodType) and id(value.__self__) in self._places:
-            return {"bound": [self._places[id(value.__self__)], value.__func__.__name__]}
+        if isinstance(value, types.MethodType) and (owner := self._place_of(value.__self__)) is not None:
+            return {"bound": [owner, value.__func__.__name__]}
         if type(value) in _OF_OBJECTS and len(value) <= WIDTH and depth and _has_plain_keys(value):
             parts = [
                 pack(one) if size_of(one, LARGE) is not None else self._which(one, depth - 1)
@@ -173,10 +185,10 @@ class Contents:
 
     def _moved(self, place: str, value: Any) -> dict[str, Any] | None:
         """Return where a container was that is another one than there was, or that it is new; None of the same one."""
-        if value is self._objects.get(place, _NOT_STATE):
+        if value is self._there(place):
             return None
-        if id(value) in self._places:
-            return {"is": self._places[id(value)]}
+        if (other := self._place_of(value)) is not None:
+            return {"is": other}
         return {"new": None} if place in self._objects else None
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,7 +210,7 @@ class Contents:
             path, _, name = place.rpartition(".")
             if path not in self._left_alone and path in owners:
                 live, content = dict(carried.fields(owners[path])).get(name), _content(value)
-                is_new = content is not value and live is self._objects.get(place)
+                is_new = content is not value and live is not None and live is self._there(place)
                 if is_new or not (place in now and equal(content, now[place])):
                     made = self._made(content, live)
                     if not is_new and "objects" in _keys(content):
@@ -215,13 +227,14 @@ class Contents:
             return unpack(packed)
         ((how, what),) = packed.items()
         if how == "is":
-            return self._objects.get(what, live)
+            there = self._there(what)
+            return live if there is None else there
         if how == "code":
             return kinds.found_again(what)
         if how == "bound":
-            return getattr(self._objects.get(what[0]), what[1], live)
+            return getattr(self._there(what[0]), what[1], live)
         if how == "kind":
-            return _copied(live) if what == _described(live) and id(live) in self._places else live
+            return _copied(live) if what == _described(live) and self._place_of(live) is not None else live
         kind, keys, parts, _ = what
         if _is_lost(packed, live):
             return live
@@ -282,6 +295,7 @@ class Attributes:
                     f"the sampler {type(sampler).__name__} keeps an iterator in '{place}', and no checkpoint can hold how far "
                     "that has come: make it anew in each __iter__(), or give the sampler state_dict and load_state_dict"
                 )
+        self._there = {place: value for place, value in self._fields() if isinstance(value, _MUTABLE)}
         self._built = self._all()
 
     def _owners(self) -> dict[str, Any]:
@@ -307,21 +321,31 @@ class Attributes:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return those that are not as they were built."""
-        built = self._built
-        return {n: v for n, v in self._all().items() if n not in built or not equal(v, built[n])}
+        """Return those that are not as they were built, and whether another container is in the place of one."""
+        built, values = self._built, dict(self._fields())
+        state = {n: v for n, v in self._all().items() if n not in built or not equal(v, built[n])}
+        replaced = {
+            n
+            for n, there in self._there.items()
+            if isinstance(values.get(n), _MUTABLE) and values[n] is not there
+        }
+        return {n: {"new": v} if n in replaced else v for n, v in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set them all, those that have not changed as they were built."""
-        owners, now = self._owners(), self._all()
+        owners, now, values = self._owners(), self._all(), dict(self._fields())
         for place, value in {**{k: v for k, v in self._built.items() if k in now}, **state}.items():
             path, _, name = place.rpartition(".")
-            owner = owners.get(f".{path}" if path else "")
-            if owner is not None and (place not in now or not equal(value, now[place])):
-                if _is_which(value):
-                    _put(owner, name, kinds.found_again(value["code"]))
-                else:
-                    _set(owner, name, value)
+            owner, content = owners.get(f".{path}" if path else ""), _content(value)
+            is_new = content is not value and values.get(place, _NOT_STATE) is self._there.get(place)
+            if owner is None or (place in now and equal(content, now[place]) and not is_new):
+                continue
+            if _is_which(content):
+                _put(owner, name, kinds.found_again(content["code"]))
+            elif is_new:  # others may hold what is there
+                _put(owner, name, unpack(content))
+            else:
+                _set(owner, name, content)
 
 
 def _owners(
