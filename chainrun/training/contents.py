@@ -123,11 +123,8 @@ class Contents:
                 if packed is _NOT_STATE:
                     packed = self._which(value)
                     # what had a content, or was not there: a file may have been opened, or a cache filled
-                    if (
-                        self._built is not None
-                        and _kinds_in(packed)
-                        and not _is_which(self._built.get(place))
-                    ):
+                    was_there = self._built is not None and path in self._owners
+                    if was_there and _kinds_in(packed) and not _is_which((self._built or {}).get(place)):
                         if isinstance(value, _HOLDS):
                             continue
                         if self.caches and not _is_plain(value):
@@ -543,11 +540,15 @@ def replaced(carriers: list[carried.Carrier], states: list[Any]) -> Iterator[str
     for carrier, state in zip(carriers, states, strict=True):
         for place, then, now in carrier.replaced(state) if isinstance(carrier, Contents) else ():
             yield (
-                f"the attribute '{place[1:]}' of {kind_of(carrier.thing)} is not what it was when the run was cut ({then} "
+                f"the attribute '{_plain_place(place)}' of {kind_of(carrier.thing)} is not what it was when the run was cut ({then} "
                 f"then, {now} here): the training has changed it, and no checkpoint can hold it. Make all of them when "
                 "it is built, and choose one of them by a number or a name that it keeps; or give it state_dict and "
                 "load_state_dict"
             )
+
+
+def _plain_place(place: str) -> str:
+    return place[1:].replace("'.", ".")
 
 
 def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
