@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -1138,7 +1139,7 @@ class Swapping(Noisy):
             [1.0],
             [[2.0], [3.0]],
         )
-        self.kept, self.later, self.made = Task(6), Task(7), None
+        self.kept, self.later, self.lock = Task(6), Task(7), threading.Lock()
 
     def weak(self, x: torch.Tensor) -> torch.Tensor:
         return x + random.random()
@@ -1171,6 +1172,7 @@ class Swapping(Noisy):
         if epoch % 2 == 0:
             self.kept, self.later = self.later, self.kept
         self.kept.number += 1
+        self.lock = threading.Lock()
 
 
 def scaled_by(x: torch.Tensor, by: float) -> torch.Tensor:

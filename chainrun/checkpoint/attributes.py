@@ -7,7 +7,6 @@ a NumPy view leaves no other trace.
 
 from __future__ import annotations
 
-import copy
 import enum
 import marshal
 import types
@@ -219,7 +218,7 @@ class Attributes:
             elif type(live).__qualname__ != what:
                 others.append(f"{place}.")
             elif self._objects.get(place) is live:  # which others may hold, who have not changed it
-                self._put(place, copy.copy(live))
+                self._put(place, state.duplicate(live))
         return tuple(others)
 
     def restore(self, saved: dict[str, Any]) -> None:

@@ -374,22 +374,18 @@ def _complete(name: str, optimizer: torch.optim.Optimizer) -> None:
     Raises:
         RegisterError: it lacks more than that.
     """
-    try:
-        torch.optim.Optimizer.__setstate__(optimizer, {})  # as when one is unpickled
-        missing = [each for each in ("param_groups", "state") if not hasattr(optimizer, each)]
-        hooks = [each for each in vars(optimizer) if each.startswith("_optimizer_")]
-        for each in hooks:
-            if not hasattr(
-                type(optimizer), each
-            ):  # the class's step(), which is the others' too, asks for them now
-                setattr(type(optimizer), each, OrderedDict())
-    except AttributeError as error:
-        missing = [str(error)]
+    missing = [each for each in ("defaults", "param_groups", "state") if not hasattr(optimizer, each)]
     if missing:
         raise RegisterError(
             f"register({name}=...) was given a {type(optimizer).__name__} whose __init__ does not call "
-            f"super().__init__(params, defaults) and that has not all that torch needs ({', '.join(missing)}): call it"
+            f"super().__init__(params, defaults) and that lacks what torch needs ({', '.join(missing)}): call it"
         )
+    torch.optim.Optimizer.__setstate__(optimizer, {})  # as when one is unpickled
+    for each in [each for each in vars(optimizer) if each.startswith("_optimizer_")]:
+        if not hasattr(
+            type(optimizer), each
+        ):  # the class's step(), which is the others' too, asks for them now
+            setattr(type(optimizer), each, OrderedDict())
 
 
 def _keys(state: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections import Counter, OrderedDict, deque
 from multiprocessing.sharedctypes import Synchronized
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 
 from chainrun.checkpoint import kinds
 from chainrun.errors import RegisterError
+from chainrun.owned import fields
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 _KEYS = (*_PLAIN, tuple)
@@ -171,6 +173,25 @@ def _items(live: Any, value: Any) -> list[Any]:
     base = next(base for base in (list, tuple, deque) if isinstance(live, base))
     old = [*base.__iter__(live)]
     return [refilled(old[n] if n < len(old) else None, one) for n, one in enumerate(base.__iter__(value))]
+
+
+def duplicate(value: Any, most: int = sys.maxsize) -> Any:
+    """Return a copy of an object of the user's with containers of its own; the object, where it cannot be copied.
+
+    Args:
+        most: bytes of a tensor or an array, above which it is shared.
+    """
+    try:
+        made = copy.copy(value)
+    except Exception:  # a copy is the class's own affair
+        return value
+    for name, one in fields(made):
+        if isinstance(one, torch.Tensor):
+            if nbytes(one) <= most:
+                set_attribute(made, name, one.clone())
+        elif isinstance(one, (list, dict, set, deque, np.ndarray)) and getattr(one, "nbytes", 0) <= most:
+            set_attribute(made, name, copy.copy(one))
+    return made
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from chainrun.checkpoint import kinds
 from chainrun.checkpoint.bits import fingerprint
-from chainrun.checkpoint.state import refilled, set_attribute
+from chainrun.checkpoint.state import duplicate, refilled, set_attribute
 from chainrun.errors import RegisterError, RestoreError
 from chainrun.owned import FOREIGN, is_users_own
 from chainrun.training import carried, rng
@@ -80,9 +80,8 @@ class Contents:
         # what may be told from others of its kind, by where it was when built; called, it is given, if it is still there
         self._objects: dict[str, Callable[[], Any]] = {}
         self._places: dict[int, str] = {}  # of those, by their ids
-        self._owners: dict[
-            str, Any
-        ] = {}  # those that were there: what they hold counts also while they are put aside
+        # those that were there: what they hold counts also while they are put aside
+        self._owners: dict[str, Any] = {}
         self._owners = self.owners()
         for path, owner in self._owners.items():
             self._note(path, owner)
@@ -171,22 +170,19 @@ class Contents:
         """Return what is not as it was built: the content, of what is large a mark; and where another object is."""
         built, state = self._built or {}, {}
         for place, (packed, value) in self._look().items():
-            moved = (
-                self._moved(place, value) if isinstance(value, _MUTABLE) and not _is_large(packed) else None
-            )
-            if moved is not None:
-                state[place] = moved if "is" in moved else {"new": packed}
+            other = None if _is_large(packed) else self._moved(place, value)
+            if other is not None:
+                state[place] = {"is": other} if other else {"new": packed}
             elif place not in built or not equal(packed, built[place]):
                 state[place] = packed
         return state
 
-    def _moved(self, place: str, value: Any) -> dict[str, Any] | None:
-        """Return where a container was that is another one than there was, or that it is new; None of the same one."""
-        if value is self._there(place):
+    def _moved(self, place: str, value: Any) -> str | None:
+        """Return where a container was that is another one than there was, "" of a new one; None of the same one."""
+        if not isinstance(value, _MUTABLE) or value is self._there(place):
             return None
-        if (other := self._place_of(value)) is not None:
-            return {"is": other}
-        return {"new": None} if place in self._objects else None
+        other = self._place_of(value)
+        return other if other is not None or place not in self._objects else ""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Set all that is small, in place where others may know it; `check` tells of the rest."""
@@ -444,18 +440,25 @@ def _is_plain(value: Any, depth: int = _DEPTH) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """Return a copy with containers of its own; of a function one with variables around it of its own."""
-    if not isinstance(value, types.FunctionType):
-        made = copy.copy(value)
+    """Return a copy of an object of the user's, or of a function with variables around it of its own; else the value."""
+    if isinstance(value, functools.partial):
+        made: Any = copy.copy(value)
         for name, one in carried.fields(made):
-            if isinstance(one, _MUTABLE) and (size_of(one, LARGE) or 0) <= LARGE:
+            if isinstance(one, _MUTABLE):
                 _put(made, name, one.clone() if isinstance(one, torch.Tensor) else copy.copy(one))
         return made
-    cells = tuple(types.CellType(cell.cell_contents) for cell in value.__closure__ or ())
-    code, names = value.__code__, value.__globals__
-    return functools.update_wrapper(
-        types.FunctionType(code, names, value.__name__, value.__defaults__, cells), value
+    if not isinstance(value, types.FunctionType):
+        return duplicate(value, LARGE) if _is_followed(type(value)) else value  # type: ignore[arg-type]
+    around = dict(carried.fields(value))
+    cells = tuple(
+        types.CellType(around[name]) if name in around else types.CellType()
+        for name in value.__code__.co_freevars
     )
+    code, names = value.__code__, value.__globals__
+    made = types.FunctionType(code, names, value.__name__, value.__defaults__, cells)
+    made.__kwdefaults__, made.__qualname__ = value.__kwdefaults__, value.__qualname__
+    vars(made).update(vars(value))
+    return made
 
 
 def kind_of(value: Any) -> str:
