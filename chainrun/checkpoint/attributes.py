@@ -287,7 +287,7 @@ class OfOptimizer(Attributes):
                     yield name, value
 
     def _all(self) -> Iterator[tuple[str, Any]]:
-        seen: set[int] = set()
+        self._objects, seen = {}, set[int]()
         for name, value in self._own():
             yield from self._in_attribute(f".{name}", value, seen)
 

@@ -382,9 +382,8 @@ def _complete(name: str, optimizer: torch.optim.Optimizer) -> None:
         )
     torch.optim.Optimizer.__setstate__(optimizer, {})  # as when one is unpickled
     for each in [each for each in vars(optimizer) if each.startswith("_optimizer_")]:
-        if not hasattr(
-            type(optimizer), each
-        ):  # the class's step(), which is the others' too, asks for them now
+        # the class's step(), which is the others' too, asks for them now
+        if not hasattr(type(optimizer), each):
             setattr(type(optimizer), each, OrderedDict())
 
 
