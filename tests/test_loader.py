@@ -1278,8 +1278,17 @@ def collating_with(settings: dict[str, float]) -> Any:
     return collate
 
 
+class Collating:
+    def __init__(self, settings: dict[str, float]) -> None:
+        self.settings, self.calls = settings, 0
+
+    def collate(self, items: list[torch.Tensor]) -> torch.Tensor:
+        self.calls += 1
+        return torch.stack(items) * self.settings["noise"] + self.calls
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("by", ["closure", "partial"])
+@pytest.mark.parametrize("by", ["closure", "partial", "method"])
 def test_what_a_collate_function_has_from_around_it_is_exact_at_every_cut(by: str, workers: int) -> None:
     """A dict that the training changes, a count of its own, a list that is the default of an argument."""
 
@@ -1288,9 +1297,11 @@ def test_what_a_collate_function_has_from_around_it_is_exact_at_every_cut(by: st
 
     def train(run: Any, DataLoader: Any) -> str:
         settings = {"noise": 1.0}
-        collate = (
-            collating_with(settings) if by == "closure" else functools.partial(scaled, settings=settings)
-        )
+        collate: Any = {
+            "closure": collating_with(settings),
+            "partial": functools.partial(scaled, settings=settings),
+            "method": Collating(settings).collate,
+        }[by]
         model, optimizer = parts()
         loader = DataLoader(Noisy(8), batch_size=2, shuffle=True, collate_fn=collate, num_workers=workers)
         run.register(model=model, optimizer=optimizer, loader=loader)

@@ -894,7 +894,8 @@ def read_by_a_scheduler(run: Any, DataLoader: Any) -> None:
 
 def read_by_a_loader(run: Any, DataLoader: Any) -> None:
     model, optimizer, _ = begin(run, DataLoader)
-    owner = Warmed()
+    owner: Any = Warmed()
+    owner.model = model  # a trainer: what it keeps is no data's
     batches = DataLoader(torch.randn(STEPS, 2), batch_size=2, collate_fn=owner.collate)
     run.register(batches=batches)
     for _ in run.epochs(2):
