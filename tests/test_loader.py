@@ -1072,7 +1072,7 @@ class Choosing(Noisy):
         )
         return self.transform(super().__getitem__(index) + sum(numbers) / 10).to(self.dtype).double()
 
-    def train(self, loss: float) -> None:
+    def train(self, loss: float, epoch: int) -> None:
         self.mode = Mode.HARD
         self.transform = torch.cos if self.transform is twice else twice
         self.active.wins += 1
@@ -1086,6 +1086,24 @@ class Choosing(Noisy):
         self.dtype = torch.float32 if self.dtype == torch.float64 else torch.float64
 
 
+def training_that_changes(kind: Any, workers: int, check: Any) -> Any:
+    """Return a training that changes a data set of this kind after each epoch, and looks at it then."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        items = kind()
+        model, optimizer = parts()
+        loader = DataLoader(items, batch_size=2, shuffle=True, num_workers=workers)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for epoch in run.epochs(4):
+            for batch in loader:
+                learn(run, model, optimizer, batch)
+            items.train(batch.abs().mean().item(), epoch)
+            check(items, epoch)
+        return digest(model.state_dict())
+
+    return train
+
+
 def twice(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
@@ -1094,20 +1112,11 @@ def twice(x: torch.Tensor) -> torch.Tensor:
 def test_what_the_training_replaces_by_another_one_is_exact_at_every_cut(workers: int) -> None:
     """Members, functions, objects of the data set's own; its own kinds of dicts and lists; what is frozen, bytes."""
 
-    def train(run: Any, DataLoader: Any) -> str:
-        items = Choosing()
-        model, optimizer = parts()
-        loader = DataLoader(items, batch_size=2, shuffle=True, num_workers=workers)
-        run.register(model=model, optimizer=optimizer, loader=loader)
-        for _ in run.epochs(4):
-            for batch in loader:
-                learn(run, model, optimizer, batch)
-            items.train(batch.abs().mean().item())
+    def check(items: Choosing, epoch: int) -> None:
         assert isinstance(items.settings, Settings) and isinstance(items.losses, Losses)
         assert any(items.active is task for task in items.tasks)
-        return digest(model.state_dict())
 
-    cut_everywhere(train, least=16)
+    cut_everywhere(training_that_changes(Choosing, workers, check), least=16)
 
 
 LEVELS = [1.0, 0.5, 0.25]
@@ -1183,20 +1192,11 @@ def scaled_by(x: torch.Tensor, by: float) -> torch.Tensor:
 def test_what_others_hold_is_not_written_to(workers: int) -> None:
     """Where the training puts another one of the same kind in its place, that one is restored, and not the old one changed."""
 
-    def train(run: Any, DataLoader: Any) -> str:
-        items = Swapping()
-        model, optimizer = parts()
-        loader = DataLoader(items, batch_size=2, shuffle=True, num_workers=workers)
-        run.register(model=model, optimizer=optimizer, loader=loader)
-        for epoch in run.epochs(4):
-            for batch in loader:
-                learn(run, model, optimizer, batch)
-            items.train(batch.abs().mean().item(), epoch)
-            assert [len(LEVELS), *(task.number for task in TASKS.values())] == [3, 1, 2, 3]
-            assert items.both is items.lists[epoch % 2]
-        return digest(model.state_dict())
+    def check(items: Swapping, epoch: int) -> None:
+        assert [len(LEVELS), *(task.number for task in TASKS.values())] == [3, 1, 2, 3]
+        assert items.both is items.lists[epoch % 2]
 
-    cut_everywhere(train, least=16)
+    cut_everywhere(training_that_changes(Swapping, workers, check), least=16)
 
 
 def test_a_list_that_a_sampler_no_longer_has_is_not_written_to() -> None:

@@ -71,7 +71,7 @@ def _split(value: Any) -> dict[str, Any]:
     try:
         # what is long is state only if it is plain, and costs too much to be looked through
         is_long = isinstance(value, (list, tuple, dict, set, deque)) and len(value) > _WIDTH
-        return {"": value} if _is_state(value) or is_long else kinds.split({"": value})
+        return {"": value} if is_long or _is_state(value) else kinds.split({"": value})
     except RecursionError:  # it holds itself
         return {"": value}
 

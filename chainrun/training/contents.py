@@ -244,9 +244,10 @@ class Contents:
         owners = self.owners()
         for place, value in state.items():
             path, _, name = place.rpartition(".")
-            live = dict(carried.fields(owners[path])).get(name) if path in owners else None
-            if path in owners and _is_lost(_content(value), live):
-                yield place, _kinds_in(value), _described(live)
+            if path in owners:
+                live = dict(carried.fields(owners[path])).get(name)
+                if _is_lost(_content(value), live):
+                    yield place, _kinds_in(value), _described(live)
 
     def check(self, state: dict[str, Any], where: str) -> None:
         """See that what is too large to be carried is what it was.

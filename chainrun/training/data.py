@@ -479,11 +479,8 @@ class Chain:
         if place and running and not (running.resumed and running.handed_out == place["drawn"][0]):
             running.resume()
         self.set_snapshot(saved)
-        where, carriers, states = (
-            f"the loader '{self.name}'",
-            self._carriers(),
-            carried.from_plain(saved["carried"]),
-        )
+        where = f"the loader '{self.name}'"
+        carriers, states = self._carriers(), carried.from_plain(saved["carried"])
         contents.check(carriers, states, where)
         lines = (*self._fills.changed(saved.get("large", {})), *contents.replaced(carriers, states))
         return [f"{where}: {line}" for line in lines]

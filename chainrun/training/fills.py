@@ -45,12 +45,8 @@ class Fills:
         found: dict[str, list[Any]] = {}
         for number, part in enumerate(self._parts):
             owners = part.owners()
-            large = {
-                f"{number}{path}.{name}": value
-                for path, owner in owners.items()
-                for name, value in carried.fields(owner)
-                if is_large_container(value) or _is_of_many_objects(value)
-            }
+            values = _values(number, owners)
+            large = {p: one for p, one in values if is_large_container(one) or _is_of_many_objects(one)}
             names = self._filled(owners, large.values()) if large else set()
             mine = {place: value for place, value in large.items() if place.rpartition(".")[2] not in names}
             found |= {place: self._mark(value, names) for place, value in mine.items()}
@@ -60,12 +56,7 @@ class Fills:
         """Yield what to tell of those that are not what they were when `marks` returned this."""
         for number, part in enumerate(self._parts):
             owners = part.owners()
-            there = {
-                f"{number}{path}.{name}": value
-                for path, owner in owners.items()
-                for name, value in carried.fields(owner)
-                if f"{number}{path}.{name}" in then and value is not None
-            }
+            there = {p: one for p, one in _values(number, owners) if p in then and one is not None}
             names = self._filled(owners, there.values()) if there else set()
             for place, live in there.items():
                 path, _, name = place.removeprefix(str(number)).rpartition(".")
@@ -97,6 +88,12 @@ class Fills:
             return [size, fingerprint(without_folders(sample(value)))]
         except Exception:  # items that have no fingerprint
             return [size, ""]
+
+
+def _values(number: int, owners: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what the owners in a part hold, and its place."""
+    for path, owner in owners.items():
+        yield from ((f"{number}{path}.{name}", value) for name, value in carried.fields(owner))
 
 
 def _names_in_many(parts: Iterable[Contents]) -> dict[str, set[str]]:

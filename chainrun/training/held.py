@@ -192,13 +192,11 @@ class Kept(variables.Held):
         """Yield what a function of the user's goes on with at its next call: a list that is a default, a `nonlocal` count."""
         if type(value) is not types.FunctionType or not is_users_own(value):
             return
-        running = {
-            name for frame in self._frames for name in frame.f_code.co_cellvars
-        }  # theirs are looked at
         around = {*value.__code__.co_freevars}
         for name, one in carried.fields(value):
             if name in around:
-                goes_on = name not in running and _is_read_first(value.__code__, name)
+                is_looked_at = any(name in frame.f_code.co_cellvars for frame in self._frames)
+                goes_on = not is_looked_at and _is_read_first(value.__code__, name)
             else:
                 goes_on = name not in vars(value) and type(one) in (list, deque, *_BY_KEY)
             if goes_on:
