@@ -265,7 +265,10 @@ def test_what_refuses_or_hangs_in_a_job_is_passed_over(tmp_path):
     """Whatever is missing, hangs or is refused, the next way is taken; when none is left, the printed command goes on."""
     reference = plain(tmp_path, EPOCHS)
     closing = "--slurm-conf-extra=PartitionName=closing Nodes=n[1-2] MaxTime=INFINITE State=UP"
-    with Cluster.own("--nodes=2", "--cpus=8", closing) as cluster:
+    epilog = tmp_path / "epilog"
+    epilog.write_text("#!/bin/sh\nexec sleep 5\n")
+    epilog.chmod(0o755)
+    with Cluster.own("--nodes=2", "--cpus=8", closing, f"--slurm-conf-extra=Epilog={epilog}") as cluster:
         start = Starter(cluster, tmp_path)
         tools = {name: tmp_path / f"tools-{name}" for name in ("hanging", "limit", "slow")}
         for folder in tools.values():
@@ -284,13 +287,12 @@ def test_what_refuses_or_hangs_in_a_job_is_passed_over(tmp_path):
         bare = start("bare", args=args, slurm=hiding(tmp_path, "sbatch"), chain={"handoff": "resubmit"})
         goes_on, stops = (missing, hanging), (limit, slow, bare)
 
-        printed = [
-            (limit, command_to_go_on(limit, "no way of handing over was left")),
-            (slow, command_to_go_on(slow, "no way of handing over was left")),
-            (bare, command_to_go_on(bare, "no way of handing over was left")),
-        ]
+        words = command_to_go_on(limit, "no way of handing over was left")
         cluster.run("scontrol", "update", "PartitionName=closing", "State=UP")
-        for chain, words in printed:
+        cluster.wait_job(jobs_of(limit)[0], "COMPLETING")
+        limit.command(*words)  # waits until that job has left the queue
+        for chain in (slow, bare):
+            words = command_to_go_on(chain, "no way of handing over was left")
             assert cluster.wait_job(jobs_of(chain)[0])["ExitCode"] == "75:0"
             chain.command(*words)
         for chain in (*goes_on, *stops):

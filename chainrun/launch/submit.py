@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -26,6 +27,8 @@ from chainrun.rundir import FORMAT, RunDir, check_format, fsync_file, is_group, 
 from chainrun.shipped import Shipped
 
 _SBATCH = 300.0  # seconds that sbatch may take where a person waits for it
+_PATIENCE = 60.0  # seconds that a job may take to leave the queue after its last process
+_LEAVING = "COMPLETING"
 _TIMED_OUT = 124  # what timeout(1) ends with
 # A warning that comes before Python listens would kill it: so it is ignored, the job's end is asked for anyway.
 # exec, since under proctrack/cgroup only the first process of a rank gets signals at all.
@@ -106,14 +109,32 @@ def _nobody_carries(run: RunDir) -> None:
         run.halted.exists()
     ):  # jobs that were submitted beforehand and that nobody could cancel would join the chain
         slurm.cancel_waiting(jobs_of(run))
-    alive = slurm.states(jobs_of(run))
+    alive = _in_the_queue(run)
     if alive:
         job, (state, reason) = next(iter(alive.items()))
+        if state == _LEAVING:
+            raise UsageError(
+                f"{run.path} has ended, but SLURM is not rid of its job {job} yet (COMPLETING); go on once `squeue "
+                f"--jobs={job}` does not list it any more"
+            )
         waits = slurm.held(job, state, reason)
         raise UsageError(
             f"{run.path} has job {job} in the queue ({state}, {reason}); `chainrun cancel {run.path}` removes it"
             + f"; {waits}" * bool(waits)
         )
+
+
+def _in_the_queue(run: RunDir) -> dict[str, tuple[str, str]]:
+    """Return the states of the run's jobs in the queue; one that is leaving it is waited for.
+
+    For some seconds after its last process a job is COMPLETING, whether it ends for good or comes back requeued.
+    """
+    until = time.monotonic() + _PATIENCE
+    while True:
+        alive = slurm.states(jobs_of(run))
+        if all(state != _LEAVING for state, _ in alive.values()) or time.monotonic() > until:
+            return alive
+        time.sleep(0.5)
 
 
 def create(
