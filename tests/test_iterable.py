@@ -248,13 +248,13 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_shards_of_workers_are_exact_at_every_cut(name: str, workers: int) -> None:
     """Uneven shards, random draws in the workers; with state it goes on there, without it is gone through again."""
-    cut_everywhere(training(SETS[name], num_workers=workers), least=20)
+    cut_everywhere(training(SETS[name], epochs=2, num_workers=workers), least=10)
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_data_that_lives_over_the_epochs_is_exact_at_every_cut(name: str) -> None:
     """Persistent workers keep their streams, and what the data set counts, from epoch to epoch."""
-    cut_everywhere(training(SETS[name], num_workers=2, persistent_workers=True), least=20)
+    cut_everywhere(training(SETS[name], epochs=2, num_workers=2, persistent_workers=True), least=10)
 
 
 IN_PROCESS = {
@@ -288,7 +288,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", ["buffered", "state"])
 def test_options_of_the_loader_are_exact_at_every_cut(name: str, kind: str) -> None:
     """They mean what they mean to torch."""
-    options = {"num_workers": 2, **OPTIONS[name]}
+    options = {"num_workers": 2, "epochs": 2, **OPTIONS[name]}
     train = training(SETS[kind], **options)
     if name == "spawned":
         assert plain(train).difference(cut(train, (3,))) is None
