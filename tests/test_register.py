@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from chain import PlainRun, Segment, cut, digest, marks, plain, sweep
+from chain import PlainRun, Segment, cut, cut_everywhere, digest, marks, plain, sweep
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import TensorDataset
@@ -550,6 +550,30 @@ def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
         kinds.join(harmless)
     apart = Checkpoint(file.parent).load()["buffer"]
     assert type(apart["items"]).__name__ == "deque"
+
+
+def test_arrays_that_are_views_of_one_stay_so() -> None:
+    """What is written through one of them is seen in the others, of other strides and numbers too."""
+
+    def train(run: Any, DataLoader: Any) -> float:
+        kept = run.state
+        if not kept:
+            whole, words = np.arange(24.0).reshape(6, 4), np.zeros(8, dtype=np.int32)
+            kept.update(whole=whole, left=whole[:, :2], some=whole[::2, 2:], words=words)
+            kept["in a list"] = [words, {"as floats": words[3:].view(np.float32)}, torch.zeros(3).numpy()[1:]]
+        for step in run.steps(8):
+            kept["whole"][step % 6, 1] += step
+            kept["left"][0] *= 1.5
+            kept["some"][1] += kept["left"][1].sum()
+            words, inside, alone = kept["in a list"]
+            words[4] += 1
+            inside["as floats"][0] += 2.5
+            alone += 1
+            run.step(arrays=digest(*(kept[name].tolist() for name in ("whole", "left", "some", "words"))))
+        assert words is kept["words"]
+        return float(kept["whole"].sum() + inside["as floats"].sum() + alone.sum())
+
+    cut_everywhere(train)
 
 
 def test_the_order_of_a_set_is_not_restored() -> None:

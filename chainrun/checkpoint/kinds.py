@@ -37,9 +37,12 @@ _CONTAINERS = (dict, OrderedDict, Counter, list, tuple)
 
 def split(tree: dict[str, Any]) -> dict[str, Any]:
     """Return a tree without such values; what has none in it is the same object."""
-    places: list[Any] = []
-    rest: dict[str, Any] = _without(tree, (), places, {})
-    return {**rest, PLACES: places} if places else tree
+    taken = _Taken({})
+    rest: dict[str, Any] = taken.without(tree, ())
+    if views := _sharing(taken.arrays):
+        taken = _Taken(views)
+        rest = taken.without(tree, ())
+    return {**rest, PLACES: taken.places} if taken.places else tree
 
 
 def join(tree: dict[str, Any], *, classes: bool = True) -> dict[str, Any]:
@@ -232,38 +235,111 @@ def made_of(name: str, content: Any, attributes: dict[str, Any] | None) -> Any:
     return made
 
 
-def _without(value: Any, keys: tuple[Any, ...], places: list[Any], known: dict[int, Any]) -> Any:
-    if id(value) in known:
-        made, kind = known[id(value)]
+class _Taken:
+    """What is taken out of a tree.
+
+    Args:
+        known: what is in the place of some objects, and its kind, by their ids.
+    """
+
+    def __init__(self, known: dict[int, Any]) -> None:
+        self._known = known
+        self.places: list[Any] = []
+        self.arrays: list[tuple[Any, torch.Tensor]] = []
+        """Those of NumPy, and the tensors that use their memory."""
+
+    def without(self, value: Any, keys: tuple[Any, ...]) -> Any:
+        if id(value) in self._known:
+            made, kind = self._known[id(value)]
+            if kind is not None:
+                self.places.append((list(keys), kind))
+            return made
+        plain, kind = _plain(value)
+        if kind is None:
+            plain = value
+        if type(plain) in _CONTAINERS:
+            plain = self._without_inside(plain, keys)
+        if kind is not None and isinstance(plain, torch.Tensor):
+            self.arrays.append((value, plain))
+            self._known[id(value)] = plain, kind
+        elif type(plain) in (
+            dict,
+            OrderedDict,
+            Counter,
+            list,
+        ):  # a tuple is made anew in every place that it is in
+            self._known[id(value)] = plain, kind
         if kind is not None:
-            places.append((list(keys), kind))
+            self.places.append((list(keys), kind))  # after what is in it
+        return plain
+
+    def _without_inside(self, value: Any, keys: tuple[Any, ...]) -> Any:
+        content = dict(value if isinstance(value, dict) else enumerate(value))
+        rest = {key: self.without(one, (*keys, key)) for key, one in content.items()}
+        if all(rest[key] is one for key, one in content.items()):
+            return value
+        if isinstance(value, tuple):
+            return tuple(rest.values())
+        made = copy.copy(value)
+        for key, one in rest.items():
+            made[key] = one
         return made
-    plain, kind = _plain(value)
-    if kind is None:
-        plain = value
-    if type(plain) in _CONTAINERS:
-        plain = _without_inside(plain, keys, places, known)
-    # a tuple is made anew in every place that it is in
-    if type(plain) in (dict, OrderedDict, Counter, list) or (
-        kind is not None and isinstance(plain, torch.Tensor)
-    ):
-        known[id(value)] = plain, kind
-    if kind is not None:
-        places.append((list(keys), kind))  # after what is in it
-    return plain
 
 
-def _without_inside(value: Any, keys: tuple[Any, ...], places: list[Any], known: dict[int, Any]) -> Any:
-    content = dict(value if isinstance(value, dict) else enumerate(value))
-    rest = {key: _without(one, (*keys, key), places, known) for key, one in content.items()}
-    if all(rest[key] is one for key, one in content.items()):
-        return value
-    if isinstance(value, tuple):
-        return tuple(rest.values())
-    made = copy.copy(value)
-    for key, one in rest.items():
-        made[key] = one
-    return made
+def _sharing(arrays: list[tuple[Any, torch.Tensor]]) -> dict[int, Any]:
+    """Return tensors in one memory for those arrays that have some in common, as views of one array, by their ids."""
+    if all(array.base is None for array, _ in arrays):
+        return {}
+    spans = sorted(
+        (
+            (t.data_ptr(), t.data_ptr() + _extent(t), number)
+            for number, (_, t) in enumerate(arrays)
+            if t.numel()
+        )
+    )
+    found: dict[int, Any] = {}
+    group: list[int] = []
+    start = end = 0
+    for low, high, number in (*spans, (sys.maxsize, sys.maxsize, -1)):
+        if low < end:
+            group.append(number)
+            end = max(end, high)
+            continue
+        if len(group) > 1:
+            found |= _in_one_memory([arrays[each] for each in group], start, end)
+        group, start, end = [number], low, high
+    return found
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Return how many bytes there are from a tensor's first number to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return int((last + 1) * tensor.element_size())
+
+
+def _in_one_memory(arrays: list[tuple[Any, torch.Tensor]], start: int, end: int) -> dict[int, Any]:
+    whole = arrays[0][0]
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    if isinstance(whole.base, torch.Tensor):  # as of what was loaded
+        memory = whole.base.untyped_storage()
+    else:
+        raw = whole.ravel(order="K").view(np.uint8)
+        at = raw.__array_interface__["data"][0]
+        if not raw.flags.writeable or start < at:
+            return {}  # somebody else's memory
+        memory = torch.from_numpy(raw[start - at : end - at]).untyped_storage()
+    at = memory.data_ptr()
+    if start < at or at + memory.nbytes() < end:
+        return {}
+    found = {}
+    for array, tensor in arrays:
+        offset, rest = divmod(tensor.data_ptr() - at, tensor.element_size())
+        if rest:
+            return {}
+        view = torch.empty(0, dtype=tensor.dtype).set_(memory, offset, tensor.shape, tensor.stride())
+        found[id(array)] = view, ["array"]
+    return found
 
 
 def _put(value: Any, keys: Sequence[Any], kind: Any, made: dict[Any, tuple[Any, Any]]) -> Any:

@@ -100,21 +100,20 @@ def copied(tree: Any, known: dict[int, Any] | None = None) -> Any:
         known: copies of some of what is in it, by the id of what they are copies of.
     """
     memo = {} if known is None else known
-    _copy_others(tree, memo)
-    return copy.deepcopy(tree, memo)
+    # as tensors, since a copy of an array knows nothing of others that use its memory
+    rest = kinds.split({"": tree})
+    _copy_others(rest, memo)
+    return kinds.join(copy.deepcopy(rest, memo))[""]
 
 
 def _copy_others(tree: Any, memo: dict[int, Any]) -> None:
-    """Fill the memo of a deep copy with what has no such copy: CSR tensors and their kin, dicts by attributes."""
+    """Fill the memo of a deep copy with what has no such copy: CSR tensors and their kin."""
     if isinstance(tree, torch.Tensor):
         if tree.layout not in (torch.strided, torch.sparse_coo):
             memo[id(tree)] = tree.clone()
     elif isinstance(tree, (dict, list, tuple, deque)):
         for value in dict.values(tree) if isinstance(tree, dict) else tree:
             _copy_others(value, memo)
-        if kinds.base_of(type(tree)):
-            parts = copy.deepcopy([kinds.content_of(tree), kinds.attributes_of(tree)], memo)
-            memo[id(tree)] = kinds.made_of(str(kinds.named(type(tree))), *parts)
 
 
 class Shared(NamedTuple):
