@@ -924,6 +924,7 @@ class Replayed(Noisy):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(8)
         self.settings, self.level = settings, multiprocessing.Value("d", 1.0)
+        self.prompt = torch.nn.Parameter(torch.zeros(4, dtype=torch.double))
         self.seen: Any = collections.Counter()
         self.of: Any = collections.defaultdict(list, {0: [1.0]})
         self.order: Any = collections.OrderedDict(first=1.0)
@@ -939,9 +940,10 @@ class Replayed(Noisy):
             next(iter(self.order.values())),
         )
         numbers = (*parts, self.deep["by"]["name"]["a"], self.played[-1].gain, self.played[0].number)
-        return super().__getitem__(index) + sum(numbers) / 10
+        return super().__getitem__(index) + sum(numbers) / 10 + self.prompt.detach()
 
     def train(self, loss: float) -> None:
+        self.prompt.data += loss
         self.settings.noise *= 0.5
         self.level.value += 0.25
         self.seen[0] += 1
@@ -954,7 +956,7 @@ class Replayed(Noisy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_containers_and_settings_that_the_training_changes_are_exact_at_every_cut(workers: int) -> None:
-    """A Counter, a defaultdict, an OrderedDict, a deque of named tuples, a Namespace, a number that workers share."""
+    """A Counter, a defaultdict, a deque of named tuples, a Namespace, a parameter, a number that workers share."""
 
     def train(run: Any, DataLoader: Any) -> str:
         items = Replayed(argparse.Namespace(noise=1.0, name="any"))

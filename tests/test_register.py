@@ -560,18 +560,20 @@ def test_arrays_that_are_views_of_one_stay_so() -> None:
         if not kept:
             whole, words = np.arange(24.0).reshape(6, 4), np.zeros(8, dtype=np.int32)
             kept.update(whole=whole, left=whole[:, :2], some=whole[::2, 2:], words=words)
-            kept["in a list"] = [words, {"as floats": words[3:].view(np.float32)}, torch.zeros(3).numpy()[1:]]
+            tensor = torch.zeros(3)
+            kept["in a list"] = [words, {"as floats": words[3:].view(np.float32)}, tensor, tensor.numpy()[1:]]
         for step in run.steps(8):
             kept["whole"][step % 6, 1] += step
             kept["left"][0] *= 1.5
             kept["some"][1] += kept["left"][1].sum()
-            words, inside, alone = kept["in a list"]
+            words, inside, tensor, part = kept["in a list"]
             words[4] += 1
             inside["as floats"][0] += 2.5
-            alone += 1
+            part += 1
+            tensor[2] *= 2
             run.step(arrays=digest(*(kept[name].tolist() for name in ("whole", "left", "some", "words"))))
         assert words is kept["words"]
-        return float(kept["whole"].sum() + inside["as floats"].sum() + alone.sum())
+        return float(kept["whole"].sum() + inside["as floats"].sum() + part.sum())
 
     cut_everywhere(train)
 

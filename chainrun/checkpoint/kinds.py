@@ -246,7 +246,7 @@ class _Taken:
         self._known = known
         self.places: list[Any] = []
         self.arrays: list[tuple[Any, torch.Tensor]] = []
-        """Those of NumPy, and the tensors that use their memory."""
+        """Those of NumPy, and the tensors that use their memory; None beside a tensor that is one."""
 
     def without(self, value: Any, keys: tuple[Any, ...]) -> Any:
         if id(value) in self._known:
@@ -259,6 +259,8 @@ class _Taken:
             plain = value
         if type(plain) in _CONTAINERS:
             plain = self._without_inside(plain, keys)
+        if kind is None and isinstance(plain, torch.Tensor) and _is_in_memory(plain):
+            self.arrays.append((None, plain))
         if kind is not None and isinstance(plain, torch.Tensor):
             self.arrays.append((value, plain))
             self._known[id(value)] = plain, kind
@@ -288,15 +290,10 @@ class _Taken:
 
 def _sharing(arrays: list[tuple[Any, torch.Tensor]]) -> dict[int, Any]:
     """Return tensors in one memory for those arrays that have some in common, as views of one array, by their ids."""
-    if all(array.base is None for array, _ in arrays):
+    if all(array is None or array.base is None for array, _ in arrays):
         return {}
-    spans = sorted(
-        (
-            (t.data_ptr(), t.data_ptr() + _extent(t), number)
-            for number, (_, t) in enumerate(arrays)
-            if t.numel()
-        )
-    )
+    numbered = enumerate(tensor for _, tensor in arrays)
+    spans = sorted((t.data_ptr(), t.data_ptr() + _extent(t), n) for n, t in numbered if t.numel())
     found: dict[int, Any] = {}
     group: list[int] = []
     start = end = 0
@@ -311,6 +308,11 @@ def _sharing(arrays: list[tuple[Any, torch.Tensor]]) -> dict[int, Any]:
     return found
 
 
+def _is_in_memory(tensor: torch.Tensor) -> bool:
+    kind = type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter
+    return kind and tensor.device.type == "cpu" and tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _extent(tensor: torch.Tensor) -> int:
     """Return how many bytes there are from a tensor's first number to behind its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -318,13 +320,18 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _in_one_memory(arrays: list[tuple[Any, torch.Tensor]], start: int, end: int) -> dict[int, Any]:
-    whole = arrays[0][0]
-    while isinstance(whole.base, np.ndarray):
+    tensor = next((tensor for array, tensor in arrays if array is None), None)
+    whole = next((array for array, _ in arrays if array is not None), None)
+    while whole is not None and isinstance(whole.base, np.ndarray):
         whole = whole.base
-    if isinstance(whole.base, torch.Tensor):  # as of what was loaded
-        memory = whole.base.untyped_storage()
+    if tensor is None and whole is not None and isinstance(whole.base, torch.Tensor):  # as of what was loaded
+        tensor = whole.base
+    if whole is None:
+        return {}
+    if tensor is not None:
+        memory = tensor.untyped_storage()
     else:
-        raw = whole.ravel(order="K").view(np.uint8)
+        raw = np.asarray(whole).ravel(order="K").view(np.uint8)
         at = raw.__array_interface__["data"][0]
         if not raw.flags.writeable or start < at:
             return {}  # somebody else's memory
@@ -334,6 +341,8 @@ def _in_one_memory(arrays: list[tuple[Any, torch.Tensor]], start: int, end: int)
         return {}
     found = {}
     for array, tensor in arrays:
+        if array is None:
+            continue
         offset, rest = divmod(tensor.data_ptr() - at, tensor.element_size())
         if rest:
             return {}

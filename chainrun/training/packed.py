@@ -44,6 +44,8 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
         return 8
     if kind is torch.Tensor and value.layout is torch.strided and not value.is_nested:
         return int(value.nbytes)
+    if kind is torch.nn.Parameter:  # a large one is a model's, which is saved with that
+        return int(value.nbytes) if value.nbytes <= LARGE else None
     if isinstance(value, (np.ndarray, np.generic)):
         return int(value.nbytes) if kinds.is_plain_array(value) else None
     if kind is Synchronized:
@@ -113,6 +115,8 @@ def without_folders(tree: Any) -> Any:
 
 def pack(value: Any) -> Any:
     """Return a value in the form that is saved."""
+    if isinstance(value, torch.nn.Parameter):
+        return {"parameter": [pack(value.data), value.requires_grad]}
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, np.ndarray):
@@ -169,6 +173,8 @@ def unpack(packed: Any) -> Any:
         return inner.clone().numpy()
     if kind == "scalar":
         return inner.numpy()[()]
+    if kind == "parameter":
+        return torch.nn.Parameter(inner[0].clone(), inner[1])
     if kind == "shared":
         return Shared(inner)
     if kind in _DICTS:
