@@ -979,6 +979,19 @@ def default_of_an_argument(run: Any, DataLoader: Any) -> None:
         update(model, optimizer, torch.randn(2, 2) * smooth(float(step)))
 
 
+def default_of_a_method(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+
+    class Smoother:
+        def of(self, value: float, seen: list[float] = []) -> float:  # noqa: B006
+            seen.append(value)
+            return sum(seen) / len(seen)
+
+    smoother = Smoother()
+    for step in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2) * smoother.of(float(step)))
+
+
 def hardest_first(run: Any, DataLoader: Any) -> None:
     model, optimizer, _ = begin(run, DataLoader)
     hardest: Any = queue.PriorityQueue()
@@ -1070,6 +1083,7 @@ LOST = [
     ),
     (list_of_a_class, "`history` in list_of_a_class()"),
     (default_of_an_argument, "`smooth(seen)` in default_of_an_argument()"),
+    (default_of_a_method, "`Smoother.of(seen)`"),
     (hardest_first, "`hardest` in hardest_first()"),
     (labels_of_the_model, "`labels` in labels_of_the_model()"),
 ]

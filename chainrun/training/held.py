@@ -153,6 +153,7 @@ class Kept(variables.Held):
             for inner, one in [*own.items()]:
                 if not inner.startswith("__") and type(one) in _VALUES:
                     self._visit(one, f"{name}.{inner}", where, depth - 1)
+                self._visit_method(one, f"{name}.{inner}", depth)
         for inner, one in [*_bound_in(value), *self._kept_by(value)] if depth else ():
             self._visit(one, name + inner, where, depth - 1)
         which = self._names.get(id(value)) or _which(value)
@@ -187,6 +188,14 @@ class Kept(variables.Held):
                 self._seen, self._again = seen, None
                 return
         super()._visit(value, name, where, depth)
+
+    def _visit_method(self, method: Any, name: str, depth: int) -> None:
+        """Look at the defaults of a class's method, which is called by its name, whatever the object is called."""
+        about = self._base, self._function, self._prefix
+        self._base, self._function, self._prefix = name.rpartition(".")[2], None, name
+        for at, kept in self._kept_by(method):
+            self._visit(kept, name + at, "", depth - 1)
+        self._base, self._function, self._prefix = about
 
     def _kept_by(self, value: Any) -> Iterator[tuple[str, Any]]:
         """Yield what a function of the user's goes on with at its next call: a list that is a default, a `nonlocal` count."""
