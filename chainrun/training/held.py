@@ -153,7 +153,8 @@ class Kept(variables.Held):
             for inner, one in [*own.items()]:
                 if not inner.startswith("__") and type(one) in _VALUES:
                     self._visit(one, f"{name}.{inner}", where, depth - 1)
-                self._visit_method(one, f"{name}.{inner}", depth)
+                if type(one) is types.FunctionType and one.__defaults__:
+                    self._visit_method(one, f"{name}.{inner}", depth)
         for inner, one in [*_bound_in(value), *self._kept_by(value)] if depth else ():
             self._visit(one, name + inner, where, depth - 1)
         which = self._names.get(id(value)) or _which(value)
@@ -373,6 +374,7 @@ def _bound_in(value: Any) -> list[tuple[str, Any]]:
     return []
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_read_first(code: types.CodeType, name: str) -> bool:
     """Whether a function reads a variable from around it before it sets it."""
     steps = (step for step in dis.get_instructions(code) if step.argval == name and "FAST" not in step.opname)
