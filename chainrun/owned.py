@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -12,6 +13,9 @@ from typing import Any
 
 FOREIGN = {*sys.stdlib_module_names, "torch", "numpy", "chainrun"}
 """Packages whose objects keep no state of the user's."""
+
+RECORDS = (types.SimpleNamespace, argparse.Namespace)
+"""Classes of Python's whose objects hold what the user gives them, under names."""
 
 _PYTHONS = sysconfig.get_paths()["stdlib"] + os.sep
 

@@ -720,6 +720,23 @@ def test_a_data_set_may_change_its_length_between_passes() -> None:
     cut_everywhere(growing, least=9)
 
 
+def test_indices_in_the_state_that_grow_are_exact_at_every_cut() -> None:
+    """Active learning: what has been labeled is kept in `run.state`, and a resumed function builds its subset from that."""
+
+    def train(run: Any, DataLoader: Any) -> str:
+        labeled = run.state.setdefault("labeled", [*range(6)])
+        model, optimizer = parts()
+        loader = DataLoader(data.Subset(Noisy(20), labeled), batch_size=3, shuffle=True)
+        run.register(model=model, optimizer=optimizer, loader=loader)
+        for epoch in run.epochs(3):
+            for batch in loader:
+                learn(run, model, optimizer, batch)
+            labeled += [6 + epoch, 12 + epoch % 2]
+        return digest(model.state_dict())
+
+    cut_everywhere(train, least=8)
+
+
 def test_a_pass_over_another_length_is_refused_at_resume() -> None:
     """Where the loop has made it another one since it was registered, and does not do so again."""
 

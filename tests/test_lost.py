@@ -992,6 +992,70 @@ def default_of_a_method(run: Any, DataLoader: Any) -> None:
         update(model, optimizer, torch.randn(2, 2) * smoother.of(float(step)))
 
 
+def dict_by_a_member_and_a_parameter(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    scales, sums = {Phase.WARM: 1.0, (0, 1): 1.0}, {model.weight: torch.zeros(1, 2)}
+    for _ in run.steps(STEPS):
+        scale = scales[Phase.WARM] * scales[0, 1] + sums[model.weight].sum()
+        loss = update(model, optimizer, torch.randn(2, 2) * scale)
+        scales[Phase.WARM] += loss.item()
+        scales[0, 1] *= 0.5
+        sums[model.weight] = sums[model.weight] + model.weight.detach()
+
+
+def dict_of_many(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    weights = dict.fromkeys(range(100), 1.0)
+    for step in run.steps(STEPS):
+        loss = update(model, optimizer, torch.randn(2, 2) * weights[step % 2])
+        weights[step % 2] += loss.item()
+
+
+class Hyper:
+    """Keeps what it is given in a dict, and works with operators."""
+
+    def __init__(self, **values: float) -> None:
+        object.__setattr__(self, "_values", values)
+
+    def __getattr__(self, name: str) -> float:
+        return self._values[name]  # type: ignore[no-any-return]
+
+    def __setattr__(self, name: str, value: float) -> None:
+        self._values[name] = value
+
+
+class Scale:
+    def __init__(self) -> None:
+        self.by = 1.0
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return other / self.by
+
+
+def attributes_by_a_method(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    hyper = Hyper(beta=1.0)
+    for _ in run.steps(STEPS):
+        update(model, optimizer, torch.randn(2, 2) * hyper.beta)
+        hyper.beta = hyper.beta * 0.9
+
+
+def operator(run: Any, DataLoader: Any) -> None:
+    model, optimizer, _ = begin(run, DataLoader)
+    scale = Scale()
+    for _ in run.steps(STEPS):
+        update(model, optimizer, 1 / scale * torch.randn(2, 2))
+        scale.by += 1.0
+
+
+def losses_by_name(run: Any, DataLoader: Any) -> float:
+    model, optimizer, _ = begin(run, DataLoader)
+    losses = collections.defaultdict(list)
+    for _ in run.steps(STEPS):
+        losses["all"].append(update(model, optimizer, torch.randn(2, 2)).item())
+    return sum(losses["all"])
+
+
 def hardest_first(run: Any, DataLoader: Any) -> None:
     model, optimizer, _ = begin(run, DataLoader)
     hardest: Any = queue.PriorityQueue()
@@ -1084,6 +1148,13 @@ LOST = [
     (list_of_a_class, "`history` in list_of_a_class()"),
     (default_of_an_argument, "`smooth(seen)` in default_of_an_argument()"),
     (default_of_a_method, "`Smoother.of(seen)`"),
+    (dict_by_a_member_and_a_parameter, "`scales[Phase.WARM]`"),
+    (dict_by_a_member_and_a_parameter, "`scales[(0, 1)]`"),
+    (dict_by_a_member_and_a_parameter, "`sums[key 0]`"),
+    (dict_of_many, "`weights` in dict_of_many()"),
+    (attributes_by_a_method, "`hyper._values['beta']`"),
+    (operator, "`scale.by` in operator()"),
+    (losses_by_name, "`losses['all']` in losses_by_name()"),
     (hardest_first, "`hardest` in hardest_first()"),
     (labels_of_the_model, "`labels` in labels_of_the_model()"),
 ]
@@ -1114,6 +1185,7 @@ def test_a_segment_of_one_boundary_tells_as_well() -> None:
     assert "`seen` in counter() was 2 when" in told(counter, (1,))[0]
     assert "`seen` in counter() was 2 when" in told(counter, (3, 4))[1]
     assert "`hidden` in set_anew_by_each_epoch() was 0." in told(set_anew_by_each_epoch, (1,))[0]
+    assert "`losses['all']` in losses_by_name()" in told(losses_by_name, (1,))[0]
 
 
 # ---- what is not
@@ -1154,12 +1226,17 @@ def loop_variables(run: Any, DataLoader: Any) -> float:
     return float(loss)
 
 
+class Profile:
+    def __init__(self) -> None:
+        self.laps: Any = collections.defaultdict(list)
+
+
 def clocks(run: Any, DataLoader: Any) -> None:
     model, optimizer, loader = begin(run, DataLoader)
     start, shown, spent, rate = time.time(), time.perf_counter(), 0.0, 0.0
     batch_time, data_time = Meter(), Meter()
     laps = []
-    times = {"step": 0.0}
+    times, total, profile = {"step": 0.0}, {"step": 0.0}, Profile()
     end = time.monotonic()
     for _ in run.epochs(2):
         for batch in loader:
@@ -1171,10 +1248,14 @@ def clocks(run: Any, DataLoader: Any) -> None:
             rate = 0.9 * rate + 0.1 / spent
             laps.append(spent)
             times["step"] = spent
+            total["step"] += time.time() - start
+            profile.laps["step"].append(time.time() - start)
             batch_time.update(time.monotonic() - end)
             end = time.monotonic()
-            run.step(seconds=batch_time.avg, rate=rate, data=data_time.avg, times=times["step"])
-    print(len(laps))
+            run.step(
+                seconds=batch_time.avg, rate=rate, data=data_time.avg, times=times["step"] + total["step"]
+            )
+    print(len(laps), profile.laps["step"])
 
 
 class Stopwatch:

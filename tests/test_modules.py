@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import copy
 import dataclasses
 import enum
 import pickle
 import random
+import types
 import warnings
 from typing import Any, NamedTuple
 
@@ -711,6 +713,67 @@ def test_arrays_deques_and_objects_in_modules_that_have_changed() -> None:
         return digest(model.state_dict())
 
     sweep(train, 10)
+
+
+class Stop:
+    """Tells after how many losses that are no better."""
+
+    def __init__(self) -> None:
+        self.best, self.waited, self.seen = 9.0, 0, []
+
+    def __call__(self, loss: float) -> None:
+        self.waited = 0 if loss < self.best else self.waited + 1
+        self.best = min(self.best, loss)
+        self.seen.append(loss)
+
+
+def test_settings_and_containers_of_objects_in_modules_are_exact() -> None:
+    """`self.args = args`, which the training goes on to change; callbacks in a list, meters in a dict, some swapped."""
+
+    def train(run: Any, DataLoader: Any) -> Any:
+        args = argparse.Namespace(weight=1.0, of=types.SimpleNamespace(noise=1.0))
+        model: Any = nn.Sequential(nn.Linear(3, 1))
+        model.args, model.callbacks, model.nested = args, [Stop(), len, Stop()], {"a": (Stop(), [Stop()])}
+        known = model.callbacks[2]
+        optimizer = optim.SGD(model.parameters(), lr=1e-3)
+        run.register(model=model, optimizer=optimizer)
+        step = updating(model, optimizer)
+        for n in run.steps(10):
+            stops = [*model.callbacks[::2], model.nested["a"][0], *model.nested["a"][1]]
+            numbers = [
+                args.weight,
+                args.of.noise,
+                *(stop.best + stop.waited + sum(stop.seen) for stop in stops),
+            ]
+            loss = step(n, torch.randn(4, 3) + sum(numbers) / 9)
+            for stop in stops[n % 2 :]:
+                stop(loss.item())
+            args.weight *= 0.9
+            args.of.noise /= 2
+            if n == 5:
+                model.callbacks[::2] = [known, model.callbacks[0]]
+            assert known is model.callbacks[2 if n < 5 else 0]
+            run.step(loss=loss)
+        return digest(model.state_dict(), numbers)
+
+    sweep(train, 10)
+
+
+def test_a_list_of_objects_in_a_module_that_grows_is_told_of() -> None:
+    """The objects that have come are not made again: the resumed function has fewer of them."""
+
+    def train(run: Any, DataLoader: Any) -> None:
+        model: Any = nn.Linear(3, 1)
+        model.callbacks = [Stop()]
+        run.register(model=model)
+        for n in run.steps(4):
+            for stop in model.callbacks:
+                stop(float(n))
+            if n == 1:
+                model.callbacks.append(Stop())
+
+    said = cut(train, (3,)).said
+    assert any("differs from what the segment before had: model.callbacks" in line for line in said), said
 
 
 class Size(NamedTuple):

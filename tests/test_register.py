@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
 import enum
+import functools
 import random
 import re
 from pathlib import Path
@@ -550,6 +552,31 @@ def test_values_of_all_kinds_stay_what_they_are(tmp_path: Path) -> None:
         kinds.join(harmless)
     apart = Checkpoint(file.parent).load()["buffer"]
     assert type(apart["items"]).__name__ == "deque"
+
+
+def test_weights_in_the_state_that_are_no_copy_are_told_of() -> None:
+    """`state_dict()` gives the weights that go on to change: after a resume they would be a copy."""
+
+    def train(run: Any, DataLoader: Any, kept: Any) -> None:
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        run.register(model=model, optimizer=optimizer)
+        for step in run.steps(4):
+            model(torch.ones(2)).sum().backward()
+            optimizer.step()
+            if step == 1:
+                run.state["best"] = kept(model, optimizer)
+
+    live = {"model": lambda m, o: m.state_dict(), "optimizer": lambda m, o: [o.state_dict()["state"]]}
+    for name, kept in live.items():
+        said = [line for line in cut(functools.partial(train, kept=kept), (1, 3)).said if "shares" in line]
+        assert len(said) == 1
+        assert f"shares its memory with '{name}'" in said[0]
+        assert said[0].startswith("warning: run.state['best'][")
+    copies = functools.partial(
+        train, kept=lambda m, o: copy.deepcopy([m.state_dict(), o.state_dict()["state"]])
+    )
+    assert not [line for line in cut(copies, (1, 3)).said if "shares" in line]
 
 
 def test_arrays_that_are_views_of_one_stay_so() -> None:

@@ -7,6 +7,7 @@ a NumPy view leaves no other trace.
 
 from __future__ import annotations
 
+import ast
 import enum
 import marshal
 import types
@@ -21,7 +22,7 @@ from chainrun.checkpoint import kinds, state
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.sharded import map_tensors
 from chainrun.errors import RegisterError
-from chainrun.owned import fields, is_users_own
+from chainrun.owned import RECORDS, fields, is_users_own
 
 _SCALARS = (bool, int, float, str, type(None), bytes, torch.dtype, torch.device)
 _CONTAINERS = (list, tuple, dict, OrderedDict, Counter, set)
@@ -34,6 +35,8 @@ _OPTIMIZERS_OWN = {  # and what begins with _optimizer_
     "_warned_capturable_if_run_uncaptured",
 }
 _DEPTH = 3  # how deep the user's objects are followed
+_WHICH = "[which]"
+_FEW = 64  # in how long lists, tuples and dicts they are looked for
 _ABSENT: Any = object()
 _OTHER: Any = object()  # what is no state
 
@@ -85,11 +88,20 @@ def _is_followed(value: Any) -> bool:
     """Whether it is an object of the user's without a state_dict of its own."""
     kind = type(value)
     return (
-        is_users_own(kind)
+        (is_users_own(kind) or kind in RECORDS)
         and not issubclass(kind, (torch.nn.Module, torch.Tensor, torch.optim.Optimizer, type))
         and not hasattr(kind, "state_dict")
         and (type(getattr(value, "__dict__", None)) is dict or bool(fields(value)))
     )
+
+
+def _items_of(value: Any, depth: int = _DEPTH) -> list[tuple[Any, Any]]:
+    """Return what is in a short list, tuple or dict of the user's objects, by its place or key; of others nothing."""
+    if type(value) not in (list, tuple, dict, OrderedDict) or len(value) > _FEW or not depth:
+        return []
+    items = [*(value.items() if isinstance(value, dict) else enumerate(value))]
+    known = all(type(key) is int or (type(key) is str and "." not in key) for key, _ in items)
+    return items if known and any(_is_followed(one) or _items_of(one, depth - 1) for _, one in items) else []
 
 
 def _is_state(value: Any, depth: int = 8) -> bool:
@@ -158,6 +170,13 @@ class Attributes:
             yield path, value
             return
         if isinstance(value, enum.Enum):  # of a class that is made in a function
+            return
+        if items := _items_of(value):
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield f"{path}.{_WHICH}", [key for key, _ in items]
+                for key, one in items:
+                    yield from self._in_object(f"{path}.[{key!r}]", one, depth, seen)
             return
         if not depth or not _is_followed(value):
             yield path, _OTHER
@@ -252,9 +271,16 @@ class Attributes:
         for part in where.strip(".").split("."):
             if isinstance(owner, OrderedDict):  # of hooks
                 owner = _owner_of([*owner.values()][int(part)]) if int(part) < len(owner) else None
+            elif part.startswith("["):
+                owner = dict(_items_of(owner)).get(ast.literal_eval(part[1:-1]))
             else:
                 owner = getattr(owner, part, None) if part else owner
-        if owner is not None:  # an object that the training makes is made by it again
+        if name == _WHICH:  # objects that have come cannot be made again
+            return
+        if name.startswith("["):
+            if isinstance(owner, (list, dict)):
+                owner[ast.literal_eval(name[1:-1])] = value
+        elif owner is not None:  # an object that the training makes is made by it again
             state.set_attribute(owner, name, value)
 
     def _tensors(self) -> Iterable[torch.Tensor]:

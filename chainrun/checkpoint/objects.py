@@ -7,7 +7,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -436,6 +436,7 @@ class _Other:
 
 
 _INNER = "chainrun: state_dict"
+_MANY = 4096  # a longer container in run.state is data
 
 
 def _with_inner_schedulers(thing: Any) -> Any:
@@ -659,6 +660,39 @@ def strangers(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
                     f"an optimizer ({type(one).__name__}) that trains '{min(map(str, trained))}' is not registered; "
                     "a resumed run begins with a new one, without its state"
                 )
+
+
+def shared(things: Iterable[tuple[str, Any]], tree: Any) -> tuple[str, str] | None:
+    """Return where in a tree there is a tensor in the memory of a registered module or optimizer, and of which one."""
+    owners: dict[int, str] = {}
+    for at, tensor in _tensors_in(tree):
+        owners = owners or {
+            _memory_of(one): name for name, thing in things for one in _own_tensors(thing) if _memory_of(one)
+        }
+        if (name := owners.get(_memory_of(tensor))) is not None:
+            return at, name
+    return None
+
+
+def _own_tensors(thing: Any) -> Iterator[torch.Tensor]:
+    if isinstance(thing, torch.nn.Module):
+        yield from (*torch.nn.Module.parameters(thing), *torch.nn.Module.buffers(thing))
+    elif isinstance(thing, torch.optim.Optimizer):
+        yield from (one for _, one in _tensors_in([*thing.state.values()]))
+
+
+def _tensors_in(tree: Any, at: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield at, tree
+    elif isinstance(tree, (dict, list, tuple)) and len(tree) <= _MANY:
+        for key, one in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors_in(one, f"{at}[{key!r}]")
+
+
+def _memory_of(tensor: torch.Tensor) -> int:
+    """Return where the memory of a tensor begins, 0 of one that has none of its own."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage().data_ptr() if plain and not tensor.is_nested else 0
 
 
 def _of_torch(thing: Any) -> bool:

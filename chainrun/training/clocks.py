@@ -116,8 +116,11 @@ class _Flow:
             if name.startswith(_LOADS):
                 loads += keys
             elif name in ("STORE_SUBSCR", "STORE_SLICE"):  # value, container, key
-                if marks:
-                    self._note(code, loads[marks[-1] + 1 : marks[-1] + 2])
+                if marks:  # or container, key, value where it is `x[key] += value`
+                    is_augmented = last in ("SWAP", "ROT_THREE")
+                    self._note(
+                        code, _leading(loads) if is_augmented else loads[marks[-1] + 1 : marks[-1] + 2]
+                    )
                 loads = []
             elif name.startswith(_ENDS):
                 if marks and name == "RETURN_VALUE" and not code.co_name.startswith(("_", "<")):
@@ -125,7 +128,11 @@ class _Flow:
                 elif marks and name == "POP_TOP":
                     before = loads[: marks[0]]
                     method = max((n for n, (kind, _) in enumerate(before) if kind == "attribute"), default=0)
-                    self._note(code, before[method - 1 : method] if method else [])
+                    of_an_item = method > 1 and before[method - 1][0] != "attribute"  # times[key].append(...)
+                    self._note(
+                        code,
+                        _leading(before) if of_an_item else before[method - 1 : method] if method else [],
+                    )
                 loads = []
 
     def _note(self, code: types.CodeType, keys: list[Key]) -> None:
@@ -138,6 +145,12 @@ class _Flow:
         if key[0] != "local":
             return key[1] in self._names or key[1] in self.functions or (None, key) in self._found
         return (code, key) in self._found or key[1] in self.functions
+
+
+def _leading(loads: list[Key]) -> list[Key]:
+    """Return what an expression begins with: ``.total`` of ``self.total[key]``, as a list of one."""
+    count = next((n for n, (kind, _) in enumerate(loads) if n and kind != "attribute"), len(loads))
+    return loads[max(0, count - 1) : count]
 
 
 def _key(operation: str, name: str) -> Key:

@@ -8,7 +8,6 @@ A map-style data set may hold a cache, which is no state and may be large: there
 
 from __future__ import annotations
 
-import argparse
 import copy
 import enum
 import functools
@@ -29,7 +28,7 @@ from chainrun.checkpoint import kinds
 from chainrun.checkpoint.bits import fingerprint
 from chainrun.checkpoint.state import duplicate, refilled, set_attribute
 from chainrun.errors import RegisterError, RestoreError
-from chainrun.owned import FOREIGN, is_users_own
+from chainrun.owned import FOREIGN, RECORDS, is_users_own
 from chainrun.training import carried, rng
 from chainrun.training.packed import (
     LARGE,
@@ -578,8 +577,7 @@ def _objects_in(value: Any, at: str = "", depth: int = _DEPTH) -> Iterator[tuple
 
 @functools.cache
 def _is_followed(kind: Any) -> bool:
-    settings = kind in (argparse.Namespace, types.SimpleNamespace)
-    return is_users_own(kind) or settings or kind.__module__ == "torch.utils.data.dataset"
+    return is_users_own(kind) or kind in RECORDS or kind.__module__ == "torch.utils.data.dataset"
 
 
 @functools.cache

@@ -50,6 +50,8 @@ from chainrun.training.worker import Collate, Counter, InitWorker, Items
 
 T = TypeVar("T")
 
+_LENGTH = "length of the data set"
+
 
 # torch's iterators over loaders that are not registered (yet)
 _early: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
@@ -428,7 +430,7 @@ class Chain:
             **{name: getattr(loader, name) for name in names},
             "sampler": type(loader.sampler).__name__,
             "batch_sampler": type(loader.batch_sampler).__name__,
-            "length of the data set": self._registered_with,
+            _LENGTH: self._registered_with,
         }
 
     def _items(self) -> int | None:
@@ -460,7 +462,8 @@ class Chain:
         """
         for name, mine in self._built().items():
             found = state["built"][name]
-            if found != mine:
+            # one that is built from run.state is by now as long as it was at the cut
+            if found != mine and not (name == _LENGTH and mine == state.get("items")):
                 raise RestoreError(
                     f"the loader '{self.name}' has {name} {mine}, the checkpoint was taken with {found}: its "
                     "batches could not be continued; build it as it was, or start a new run"

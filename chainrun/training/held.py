@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from chainrun.checkpoint.bits import fingerprint
-from chainrun.owned import FOREIGN, fields, is_users_module, is_users_own
+from chainrun.owned import FOREIGN, RECORDS, fields, is_users_module, is_users_own
 from chainrun.training import carried, clocks, rng, variables
 from chainrun.training.liveness import PROPERTY, Code, is_in_a_loop
 from chainrun.training.variables import NoMark
@@ -71,6 +71,10 @@ class Place(NamedTuple):
     def is_variable(self) -> bool:
         """Whether a function's variable holds it itself."""
         return self.function is not None and not self.parts
+
+
+LONG = "long="
+"""What the mark of a long dict begins with; after it comes that of its keys, then that of its values."""
 
 
 class Kept(variables.Held):
@@ -249,6 +253,10 @@ class Kept(variables.Held):
             if kind is defaultdict:
                 self.givers.add(name)
             if not self._is_copy_of_weights(value):
+                if len(value) > _WIDTH:  # too many to be told one by one
+                    with contextlib.suppress(NoMark):
+                        about = map(variables.mark, ([*value], _sampled([*value.values()])))
+                        self._add(name + where, kind, False, LONG + "=".join(about))
                 raise NoMark  # key by key
             its_mark = variables.mark([[*value], *map(_sampled, value.values())])
             self._add(name + where, kind, False, its_mark)
@@ -314,7 +322,7 @@ class Kept(variables.Held):
             if _top(kind) not in FOREIGN:
                 yield from ((f".{n}", v) for n, v in list(own.items()) if n not in variables.OF_MODULES)
             yield from ((f".{n}", v) for n, v in list(own["_modules"].items()))
-        elif kind in (*_BY_KEY, *_LISTS, *variables.RECORDS):
+        elif kind in (*_BY_KEY, *_LISTS, *RECORDS):
             yield from super()._children(value)
         elif issubclass(kind, tuple) and len(value) <= _WIDTH:
             yield from ((f"[{place}]", each) for place, each in enumerate(tuple.__iter__(value)))
@@ -388,6 +396,13 @@ def _code_called(value: Any) -> list[types.CodeType]:
     if type(value) is not types.FunctionType:
         return []
     return ([value.__code__] if is_users_own(value) else []) + _code_called(vars(value).get("__wrapped__"))
+
+
+def differ(one: str, other: str) -> bool:
+    """Whether two marks tell of other values; not where a long dict has got other keys, as a cache does."""
+    if one.startswith(LONG) and other.startswith(LONG):
+        return one != other and one.split("=")[:2] == other.split("=")[:2]
+    return one != other
 
 
 def path_of(name: str) -> str:

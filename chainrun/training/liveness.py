@@ -44,19 +44,17 @@ _FILL = {  # methods that change what they are called on
 _PARTS = ("LOAD_ATTR", "BINARY_SUBSCR", "BINARY_SLICE")  # of an object: to change one is to change the object
 _INDICES = ("LOAD_CONST", "LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "BUILD_SLICE")
 _INTO = ("STORE_ATTR", "STORE_SUBSCR", "STORE_SLICE")
-_UNNAMED = {  # called without its name: its reads count wherever the code is
+_BY_ITS_NAME = {  # not by an operator in the middle of a training; texts are shown to people
+    *("__init__", "__new__", "__post_init__", "__del__", "__repr__", "__str__", "__hash__", "__set_name__"),
     *(
-        "__call__",
-        "__iter__",
-        "__next__",
-        "__enter__",
-        "__exit__",
-        "__getitem__",
-        "__setitem__",
-        "__contains__",
+        "__init_subclass__",
+        "__class_getitem__",
+        "__getstate__",
+        "__setstate__",
+        "__reduce__",
+        "__reduce_ex__",
     ),
-    *("__len__", "__add__", "__iadd__", "__mul__", "__bool__", "__float__", "__int__", "__lt__", "__gt__"),
-    "forward",
+    *("__copy__", "__deepcopy__", "__dir__", "__sizeof__"),
 }
 _MAY_CALL = ("call", "pass", "give")
 _KINDS = (("_FAST", "local"), ("DEREF", "local"), ("_GLOBAL", "global"), ("_NAME", "global"))
@@ -206,7 +204,7 @@ class Code:
         self._calls_by_text = any("getattr" in code.co_names for code in codes)
         inner = (const for code in codes for const in code.co_consts if type(const) is types.CodeType)
         self._held = {*held, *(code.co_name for code in inner)}
-        unnamed = [self._of_call(name)[0] for name in _UNNAMED if name in functions]
+        unnamed = [self._of_call(name)[0] for name in functions if _is_unnamed(name)]
         self._everywhere = frozenset(key for keys in unnamed for key in keys if key[0] != "local")
 
     def live(
@@ -362,6 +360,11 @@ class Code:
         ways = (reads, _NONE if runs_later else self._keys - passes)
         read_, written = (frozenset(k for k in keys if k[0] != "local" or k[1] in free) for keys in ways)
         return read_, written
+
+
+def _is_unnamed(name: str) -> bool:
+    """Whether a function is called without its name, by an operator or a module: its reads count wherever the code is."""
+    return name == "forward" or (name[:2] == "__" == name[-2:] and name not in _BY_ITS_NAME)
 
 
 def attributes_set(functions: dict[str, list[types.CodeType]]) -> set[Key]:

@@ -27,6 +27,7 @@ from chainrun.training.held import (
     WEIGHTS,
     Kept,
     Place,
+    differ,
     frames,
     functions_of,
     managers,
@@ -169,8 +170,11 @@ class Variables:
         """
         first = self._first if self._first_at != boundary else self._begun
         found: Told = {}
-        for name, place in self._look(where).places.items():
-            changed = first[name] != place.mark if name in first else None
+        held = self._look(where)
+        for name, place in held.places.items():
+            changed = differ(first[name], place.mark) if name in first else None
+            if changed is None and any(name.startswith(f"{giver}[") for giver in held.givers):
+                changed = True  # a key of a defaultdict that was not there
             if changed is None and _shown(first.get(_variable_of(place), "")) == "None":
                 changed = True  # the variable has got it since then
             if changed is None and place.kind == WEIGHTS:
@@ -195,7 +199,7 @@ class Variables:
         for name, noted in told.items():
             now = held.places.get(name)
             bare = held.places.get(_variable_of(Place(*noted[:-1])))
-            if now is not None and now.mark != noted[2]:
+            if now is not None and differ(now.mark, noted[2]):
                 self._differ[name] = noted, now.mark
             elif now is None and any(name.startswith(f"{giver}[") for giver in held.givers):
                 self._differ[name] = noted, ""

@@ -77,7 +77,7 @@ class Run:
         self._ranges: dict[str, dict[str, Any]] = {}
         self._extent = Extent()
         self._due: Wish | None = None
-        self._deferred = self._told_of_lacks = False
+        self._deferred = self._told_of_lacks = self._told_of_shared = False
         self._ended: Wish | None = None
         self._saved_at: tuple[int, str | None] | None = None
         self._warned = False
@@ -394,6 +394,7 @@ class Run:
         here = (self._position.boundaries, owner)
         if self._saved_at != here or not self._saving.committed():
             tree = self._tree(owner)
+            self._tell_of_shared_memory()
             self._save(wish, tree)
             self._saved_at = here
             if wish.kind == "stop":
@@ -403,6 +404,15 @@ class Run:
             self._watch.pending, self._next = True, 0  # a function that catches it gets it again
             self._position.over = True
             raise SegmentEnd(wish)
+
+    def _tell_of_shared_memory(self) -> None:
+        shared = None if self._told_of_shared else objects.shared(self._registry.things(), self.state)
+        if shared is not None:
+            self._told_of_shared = True
+            self._warn(
+                f"run.state{shared[0]} shares its memory with '{shared[1]}', which is saved by itself: after a resume it is a "
+                "copy, which does not change with that. Keep a copy of your own: tensor.clone(), copy.deepcopy(model.state_dict())"
+            )
 
     def _hindrance(self, head: Pass | None) -> str | None:
         """Return why the state at this boundary could not be gone on from, None where it can."""

@@ -7,9 +7,9 @@ has no mark is passed over.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dis
+import enum
 import inspect
 import itertools
 import sys
@@ -21,14 +21,13 @@ import numpy as np
 import torch
 import xxhash
 
-from chainrun.owned import FOREIGN, is_users_module, is_users_own, top
+from chainrun.owned import FOREIGN, RECORDS, is_users_module, is_users_own, top
 from chainrun.training import rng
 
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None))
 _DICTS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _LISTS = (list, tuple, collections.deque)
 _SETS = (set, frozenset)
-RECORDS = (types.SimpleNamespace, argparse.Namespace)
 _STATEFUL = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.amp.GradScaler)
 _DEPTH, _WIDTH = 5, 64  # how deep attributes are followed; longer containers of objects hold data
 _ITEMS, _BYTES = 100_000, 1 << 26  # what is larger is data, not a value that is carried along
@@ -304,7 +303,19 @@ def items_of(value: Any) -> Iterator[tuple[str, Any]]:
         return
     if base.__len__(value) <= _WIDTH:
         items = dict.items(value) if base is dict else enumerate(base.__iter__(value))
-        yield from ((f"[{key!r}]", each) for key, each in items if type(key) in _NUMBERS)
+        yield from ((f"[{_shown_key(key, at)}]", each) for at, (key, each) in enumerate(items))
+
+
+def _shown_key(key: Any, at: int) -> str:
+    """Return the name of a key; of what has none, a module or a parameter, its place."""
+    kind = type(key)
+    if kind in _NUMBERS:
+        return repr(key)
+    if isinstance(key, enum.Enum) or kind in (types.FunctionType, types.BuiltinFunctionType, type):
+        return f"{kind.__name__}.{key.name}" if isinstance(key, enum.Enum) else key.__qualname__
+    if kind is tuple and all(type(one) in _NUMBERS for one in key):
+        return repr(key)
+    return f"key {at}"
 
 
 def _state(thing: Any) -> Any:
