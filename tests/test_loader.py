@@ -945,6 +945,8 @@ class Replayed(Noisy):
     def __init__(self, settings: argparse.Namespace) -> None:
         super().__init__(8)
         self.settings, self.level = settings, multiprocessing.Value("d", 1.0)
+        self.records = np.zeros(2, dtype=[("loss", "f8"), ("of", "U4")])
+        self.wide = np.zeros(1, dtype=np.longdouble)
         self.prompt = torch.nn.Parameter(torch.zeros(4, dtype=torch.double))
         self.seen: Any = collections.Counter()
         self.of: Any = collections.defaultdict(list, {0: [1.0]})
@@ -960,11 +962,15 @@ class Replayed(Noisy):
             sum(self.of[0]),
             next(iter(self.order.values())),
         )
+        parts += float(self.records["loss"].sum()), len(self.records["of"][0]), float(self.wide[0])
         numbers = (*parts, self.deep["by"]["name"]["a"], self.played[-1].gain, self.played[0].number)
         return super().__getitem__(index) + sum(numbers) / 10 + self.prompt.detach()
 
     def train(self, loss: float) -> None:
         self.prompt.data += loss
+        self.records["loss"][1] += loss
+        self.records["of"][0] += "a"
+        self.wide += 1
         self.settings.noise *= 0.5
         self.level.value += 0.25
         self.seen[0] += 1
@@ -977,7 +983,7 @@ class Replayed(Noisy):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_containers_and_settings_that_the_training_changes_are_exact_at_every_cut(workers: int) -> None:
-    """A Counter, a defaultdict, a deque of named tuples, a Namespace, a parameter, a number that workers share."""
+    """A Counter, a defaultdict, a deque of named tuples, a Namespace, a parameter, records, a number that workers share."""
 
     def train(run: Any, DataLoader: Any) -> str:
         items = Replayed(argparse.Namespace(noise=1.0, name="any"))

@@ -47,7 +47,8 @@ def size_of(value: Any, most: int, depth: int = _DEPTH) -> int | None:
     if kind is torch.nn.Parameter:  # a large one is a model's, which is saved with that
         return int(value.nbytes) if value.nbytes <= LARGE else None
     if isinstance(value, (np.ndarray, np.generic)):
-        return int(value.nbytes) if kinds.is_plain_array(value) else None
+        known = kinds.is_plain_array(value) or (kind is np.ndarray and not value.dtype.hasobject)
+        return int(value.nbytes) if known else None
     if kind is Synchronized:
         return 8 if type(value.value) in _NUMBERS else None
     if not _is_container(value, depth) or not depth:
@@ -119,6 +120,9 @@ def pack(value: Any) -> Any:
         return {"parameter": [pack(value.data), value.requires_grad]}
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().clone()
+    if isinstance(value, np.ndarray) and not kinds.is_plain_array(value):  # records, texts, dates
+        raw = torch.from_numpy(np.frombuffer(value.tobytes(), np.uint8).copy())
+        return {"raw": [np.lib.format.dtype_to_descr(value.dtype), [*value.shape], raw]}
     if isinstance(value, np.ndarray):
         return {"array": torch.from_numpy(value.copy(order="K"))}
     if isinstance(value, np.generic):
@@ -171,6 +175,9 @@ def unpack(packed: Any) -> Any:
     ((kind, inner),) = packed.items()
     if kind == "array":
         return inner.clone().numpy()
+    if kind == "raw":
+        dtype = np.lib.format.descr_to_dtype(inner[0])
+        return np.frombuffer(inner[2].numpy().tobytes(), dtype).reshape(inner[1]).copy()
     if kind == "scalar":
         return inner.numpy()[()]
     if kind == "parameter":
