@@ -1542,7 +1542,30 @@ def in_a_file_of_memory(run: Any, DataLoader: Any) -> None:
         update(model, optimizer, torch.full((2, 2), float(len(text.getvalue()))))
 
 
-@pytest.mark.parametrize("train", [in_a_file_of_memory, by_epoch])
+def optimizer_put_back(run: Any, DataLoader: Any) -> None:
+    """What was copied after the optimizer was registered is a copy of the restored state in a resumed function."""
+    model, optimizer, _ = begin(run, DataLoader)
+    at_first = copy.deepcopy(optimizer.state_dict())
+    for step in run.steps(STEPS):
+        if step == 5:
+            optimizer.load_state_dict(at_first)
+        update(model, optimizer, torch.randn(2, 2))
+
+
+def parts_that_change_places(run: Any, DataLoader: Any) -> None:
+    """Weights are restored by their names, what an optimizer keeps of them by the order that it has them in."""
+    model: Any = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    run.register(model=model, optimizer=optimizer)
+    for step in run.steps(STEPS):
+        update(lambda x: model[1](model[0](x)), optimizer, torch.randn(2, 2))
+        if step == 1:
+            model[0], model[1] = model[1], model[0]
+
+
+@pytest.mark.parametrize(
+    "train", [in_a_file_of_memory, by_epoch, optimizer_put_back, parts_that_change_places]
+)
 def test_what_no_handoff_tells_of(train: Any) -> None:
     """What cannot be told from a cache, or is what another package keeps to itself: the documentation says so."""
     assert told(train) == []

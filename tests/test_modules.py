@@ -7,6 +7,7 @@ import collections
 import copy
 import dataclasses
 import enum
+import itertools
 import pickle
 import random
 import types
@@ -870,17 +871,19 @@ def test_an_object_in_a_module_that_has_opened_a_file_is_left_alone() -> None:
 
 
 def test_attributes_of_other_kinds_are_as_they_were_built() -> None:
-    """An array of objects, an object without attributes, a list that holds itself: neither saved nor in the way."""
+    """An array of objects, a list that holds itself, a count in a closure: neither saved nor in the way."""
 
     def train(run: Any, DataLoader: Any) -> Any:
         model = nn.Linear(3, 1)
         model.array, model.thing = np.array(["a"], dtype=object), object()  # type: ignore[assignment]
         model.loop = []  # type: ignore[assignment]
         model.loop.append(model.loop)  # type: ignore[operator]
+        model.count = itertools.count()  # type: ignore[assignment]
         run.register(model=model)
         for _ in run.steps(4):
             model.array += "b"  # type: ignore[operator]
-        return model.array.tolist()  # type: ignore[operator]
+            next(model.count)  # type: ignore[call-overload]
+        return model.array.tolist(), next(model.count)  # type: ignore[operator, call-overload]
 
-    assert plain(train).result == ["abbbb"]
-    assert cut(train, (1, 3)).result == ["ab"]
+    assert plain(train).result == (["abbbb"], 4)
+    assert cut(train, (1, 3)).result == (["ab"], 1)
