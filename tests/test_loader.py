@@ -414,7 +414,7 @@ def test_loader_without_workers_is_exact_at_every_cut(name: str) -> None:
 def test_loader_with_workers_is_exact_at_every_cut(name: str) -> None:
     """The workers' streams go on where the last batch handed out left them."""
     per_epoch, options = VARIANTS[name]
-    cut_everywhere(training(num_workers=3, epochs=2, **options), least=2 * per_epoch)
+    cut_everywhere(training(num_workers=2, epochs=2, **options), least=2 * per_epoch)
 
 
 WORKERS: dict[str, dict[str, Any]] = {

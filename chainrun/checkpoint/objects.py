@@ -664,14 +664,15 @@ def strangers(things: dict[str, Stateful], originals: list[Any]) -> Iterator[str
 
 def shared(things: Iterable[tuple[str, Any]], tree: Any) -> tuple[str, str] | None:
     """Return where in a tree there is a tensor in the memory of a registered module or optimizer, and of which one."""
-    owners: dict[int, str] = {}
-    for at, tensor in _tensors_in(tree):
-        owners = owners or {
-            _memory_of(one): name for name, thing in things for one in _own_tensors(thing) if _memory_of(one)
-        }
-        if (name := owners.get(_memory_of(tensor))) is not None:
-            return at, name
-    return None
+    try:
+        found = [(at, _memory_of(tensor)) for at, tensor in _tensors_in(tree)]
+    except RecursionError:  # it holds itself, which is refused
+        return None
+    owned = (
+        ((_memory_of(one), name) for name, thing in things for one in _own_tensors(thing)) if found else ()
+    )
+    owners = {memory: name for memory, name in owned if memory}
+    return next(((at, owners[memory]) for at, memory in found if memory in owners), None)
 
 
 def _own_tensors(thing: Any) -> Iterator[torch.Tensor]:
