@@ -735,12 +735,13 @@ def test_settings_and_containers_of_objects_in_modules_are_exact() -> None:
         args = argparse.Namespace(weight=1.0, of=types.SimpleNamespace(noise=1.0))
         model: Any = nn.Sequential(nn.Linear(3, 1))
         model.args, model.callbacks, model.nested = args, [Stop(), len, Stop()], {"a": (Stop(), [Stop()])}
+        model.ordered = collections.OrderedDict(a=Stop(), b=1)
         known = model.callbacks[2]
         optimizer = optim.SGD(model.parameters(), lr=1e-3)
         run.register(model=model, optimizer=optimizer)
         step = updating(model, optimizer)
         for n in run.steps(10):
-            stops = [*model.callbacks[::2], model.nested["a"][0], *model.nested["a"][1]]
+            stops = [*model.callbacks[::2], model.ordered["a"], model.nested["a"][0], *model.nested["a"][1]]
             numbers = [
                 args.weight,
                 args.of.noise,

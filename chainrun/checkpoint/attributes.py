@@ -35,7 +35,7 @@ _OPTIMIZERS_OWN = {  # and what begins with _optimizer_
     "_warned_capturable_if_run_uncaptured",
 }
 _DEPTH = 3  # how deep the user's objects are followed
-_WHICH = "[which]"
+_WHICH = "[which]"  # beside the items of a container: their keys
 _FEW = 64  # in how long lists, tuples and dicts they are looked for
 _ABSENT: Any = object()
 _OTHER: Any = object()  # what is no state
@@ -269,10 +269,10 @@ class Attributes:
         where, _, name = path.rpartition(".")
         owner: Any = self._module
         for part in where.strip(".").split("."):
-            if isinstance(owner, OrderedDict):  # of hooks
-                owner = _owner_of([*owner.values()][int(part)]) if int(part) < len(owner) else None
-            elif part.startswith("["):
+            if part.startswith("["):
                 owner = dict(_items_of(owner)).get(ast.literal_eval(part[1:-1]))
+            elif isinstance(owner, OrderedDict):  # of hooks
+                owner = _owner_of([*owner.values()][int(part)]) if int(part) < len(owner) else None
             else:
                 owner = getattr(owner, part, None) if part else owner
         if name == _WHICH:  # objects that have come cannot be made again

@@ -264,12 +264,7 @@ class _Taken:
         if kind is not None and isinstance(plain, torch.Tensor):
             self.arrays.append((value, plain))
             self._known[id(value)] = plain, kind
-        elif type(plain) in (
-            dict,
-            OrderedDict,
-            Counter,
-            list,
-        ):  # a tuple is made anew in every place that it is in
+        elif type(plain) in _CONTAINERS and type(plain) is not tuple:  # which is made anew in every place
             self._known[id(value)] = plain, kind
         if kind is not None:
             self.places.append((list(keys), kind))  # after what is in it
@@ -320,6 +315,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _in_one_memory(arrays: list[tuple[Any, torch.Tensor]], start: int, end: int) -> dict[int, Any]:
+    """Return the tensors of such arrays, whose memory begins and ends at these addresses; of others' memory none."""
     tensor = next((tensor for array, tensor in arrays if array is None), None)
     whole = next((array for array, _ in arrays if array is not None), None)
     while whole is not None and isinstance(whole.base, np.ndarray):
@@ -334,7 +330,7 @@ def _in_one_memory(arrays: list[tuple[Any, torch.Tensor]], start: int, end: int)
         raw = np.asarray(whole).ravel(order="K").view(np.uint8)
         at = raw.__array_interface__["data"][0]
         if not raw.flags.writeable or start < at:
-            return {}  # somebody else's memory
+            return {}
         memory = torch.from_numpy(raw[start - at : end - at]).untyped_storage()
     at = memory.data_ptr()
     if start < at or at + memory.nbytes() < end:

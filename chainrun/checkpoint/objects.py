@@ -679,7 +679,7 @@ def _own_tensors(thing: Any) -> Iterator[torch.Tensor]:
     if isinstance(thing, torch.nn.Module):
         yield from (*torch.nn.Module.parameters(thing), *torch.nn.Module.buffers(thing))
     elif isinstance(thing, torch.optim.Optimizer):
-        yield from (one for _, one in _tensors_in([*thing.state.values()]))
+        yield from (one for _, one in _tensors_in([*getattr(thing, "state", {}).values()]))
 
 
 def _tensors_in(tree: Any, at: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -255,7 +255,7 @@ class Kept(variables.Held):
             if not self._is_copy_of_weights(value):
                 if len(value) > _WIDTH:  # too many to be told one by one
                     with contextlib.suppress(NoMark):
-                        about = map(variables.mark, ([*value], _sampled([*value.values()])))
+                        about = (variables.mark(_sampled([*of])) for of in (value, value.values()))
                         self._add(name + where, kind, False, LONG + "=".join(about))
                 raise NoMark  # key by key
             its_mark = variables.mark([[*value], *map(_sampled, value.values())])

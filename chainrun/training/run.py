@@ -406,7 +406,9 @@ class Run:
             raise SegmentEnd(wish)
 
     def _tell_of_shared_memory(self) -> None:
-        shared = None if self._told_of_shared else objects.shared(self._registry.things(), self.state)
+        if self._told_of_shared or not self.is_main:
+            return
+        shared = objects.shared(self._registry.things(), self.state)
         if shared is not None:
             self._told_of_shared = True
             self._warn(
