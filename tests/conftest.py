@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
+import threading
 import warnings
 
 from slurm_cluster import running, slurm_cluster  # noqa: F401 fixtures
 
 # torch asks for the name of whoever connects to a store: where a name server loses questions, each costs 5 seconds
 os.environ.setdefault("RES_OPTIONS", "timeout:1")
+
+# what a script starts in the background ignores Ctrl-C, and so would all programs under test
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    and threading.current_thread() is threading.main_thread()
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
