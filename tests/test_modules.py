@@ -872,7 +872,7 @@ def test_an_object_in_a_module_that_has_opened_a_file_is_left_alone() -> None:
 
 
 def test_attributes_of_other_kinds_are_as_they_were_built() -> None:
-    """An array of objects, a list that holds itself, a count in a closure: neither saved nor in the way."""
+    """An array of objects, a list that holds itself, an iterator: neither saved nor in the way."""
 
     def train(run: Any, DataLoader: Any) -> Any:
         model = nn.Linear(3, 1)

@@ -316,16 +316,16 @@ def _extent(tensor: torch.Tensor) -> int:
 
 def _in_one_memory(arrays: list[tuple[Any, torch.Tensor]], start: int, end: int) -> dict[int, Any]:
     """Return the tensors of such arrays, whose memory begins and ends at these addresses; of others' memory none."""
-    tensor = next((tensor for array, tensor in arrays if array is None), None)
     whole = next((array for array, _ in arrays if array is not None), None)
-    while whole is not None and isinstance(whole.base, np.ndarray):
-        whole = whole.base
-    if tensor is None and whole is not None and isinstance(whole.base, torch.Tensor):  # as of what was loaded
-        tensor = whole.base
     if whole is None:
         return {}
-    if tensor is not None:
-        memory = tensor.untyped_storage()
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    owners = [tensor for array, tensor in arrays if array is None]
+    if isinstance(whole.base, torch.Tensor):  # as of what was loaded
+        owners.append(whole.base)
+    if owners:
+        memory = owners[0].untyped_storage()
     else:
         raw = np.asarray(whole).ravel(order="K").view(np.uint8)
         at = raw.__array_interface__["data"][0]

@@ -111,8 +111,8 @@ def _copy_others(tree: Any, memo: dict[int, Any]) -> None:
     if isinstance(tree, torch.Tensor):
         if tree.layout not in (torch.strided, torch.sparse_coo):
             memo[id(tree)] = tree.clone()
-    elif isinstance(tree, (dict, list, tuple, deque)):
-        for value in dict.values(tree) if isinstance(tree, dict) else tree:
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
             _copy_others(value, memo)
 
 
